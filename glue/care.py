@@ -1,0 +1,97 @@
+"""Care of a zoo: start one, add members, check their bytes, clear out what nobody refers to."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from glue.errors import ZooError, did_you_mean
+from glue.files import write_aside
+from glue.hub import locate
+from glue.identity import identify
+from glue.member import FOLDER_NOTE, Member
+from glue.zoo import KINDS, Zoo
+
+ZOO_YAML = """\
+# Members written by hand. glue reads this file and never rewrites it; products are registered in zoo/members.yaml.
+members:
+  # my-model: {path: /models/my-model, tags: [mine]}
+  # llama:    {path: hub:meta-llama/Llama-2-7b-hf, licence: llama2}
+include: zoo/members.yaml
+"""
+RECIPE = """\
+about: average of everything tagged 'mine'
+steps:
+  - {as: average, step: merge, members: [tag:mine], method: linear}
+"""
+
+
+def start(folder: Path) -> Iterator[Path]:
+    """Write zoo.yaml, a first recipe and a .gitignore where they do not exist; yields what it wrote."""
+    files = {"zoo.yaml": ZOO_YAML, "recipes/average.yaml": RECIPE, ".gitignore": "zoo/\nruns/\n"}
+    if (folder / "zoo.yaml").exists():
+        raise ZooError(f"{folder / 'zoo.yaml'} is there already", fix="choose another folder")
+    for name, text in files.items():
+        file = folder / name
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_aside(file, text)
+            yield file
+
+
+def added(zoo: Zoo, path: str, name: str | None, kind: str, base: str | None, tags: set[str], licence: str) -> Member:
+    """Register a folder or a hub path that exists on this machine. Raises ZooError where it does not."""
+    if kind not in KINDS:
+        raise ZooError(f"there is no kind '{kind}'{did_you_mean(kind, KINDS)}")
+    if kind == "adapter" and base is None:
+        raise ZooError("an adapter needs its base", fix="add  --base NAME")
+    place = path if path.startswith("hub:") else str(Path(path).resolve())
+    locate(place)
+    called = name or place.removeprefix("hub:").partition("@")[0].rsplit("/", 1)[-1]
+    if called in zoo:
+        raise ZooError(f"the zoo has a member '{called}' already", fix="choose another with --name")
+    member = Member(called, kind, place, frozenset(tags), zoo[base] if base else None, licence=licence)
+    return zoo.add(zoo.identified(member))
+
+
+def verified(zoo: Zoo, name: str) -> Iterator[str]:
+    """Every file of a member with its sha256, after its digest was computed anew. Raises ZooError on a difference."""
+    member = zoo[name]
+    folder = locate(member.path)
+    _, digest = identify(folder)
+    now = zoo.with_base(Member(name, member.kind, member.path, base=member.base, digest=digest)).digest
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            with open(file, "rb") as stream:
+                yield f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {file.relative_to(folder)}"
+    if member.digest and now != member.digest:
+        raise ZooError(f"'{name}' has changed: its digest is {now}, registered is {member.digest}",
+                       fix="run its recipe again, which makes it anew, or remove it from the zoo")
+    yield f"{now}  digest{' as registered' if member.digest else ''}"
+
+
+def unreferenced(zoo: Zoo, *, delete: bool) -> list[tuple[str, int]]:
+    """(folder, bytes) of every product folder that no member needs: removed ones, and replaced versions.
+
+    A replaced version is kept as long as the newest version of some member was made from it.
+    """
+    needed: set[str] = set()
+    digests: set[str] = set()
+    for member in zoo:
+        needed.add(member.path)
+        if member.origin:
+            digests.update(digest for inputs in member.origin.inputs.values() for digest in inputs)
+        for one in (*member.lineage(), *(one for item in member.elements for one in item.members)):
+            needed.add(one.path)
+    needed.update(member.path for name in {one.name for one in zoo} for member in zoo.versions(name)
+                  if member.digest in digests)
+    found = []
+    for note in sorted(zoo.folder.rglob(FOLDER_NOTE)):
+        folder = note.parent
+        if str(folder) not in needed and ".drafts" not in folder.parts:
+            found.append((str(folder), sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())))
+            if delete:
+                shutil.rmtree(folder)
+    return found

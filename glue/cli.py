@@ -1,0 +1,236 @@
+"""The command line: run, plan, board, zoo, eval, generate, methods, schema, init.
+
+Everything heavy is imported inside the commands, so that help appears at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from glue.errors import GlueError
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle OpenMP threads must not spin beside worker processes
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Cluster, merge, mix and measure a zoo of language models, from YAML recipes.")
+zoo_app = typer.Typer(no_args_is_help=True, help="Look after the members of a zoo.")
+app.add_typer(zoo_app, name="zoo")
+
+ZooFile = Annotated[Path, typer.Option("--zoo", help="The zoo to work in.")]
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")]
+Seed = Annotated[int | None, typer.Option(help="Replaces the recipe's seed.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, results only.")]
+HERE = Path("zoo.yaml")
+
+
+def main() -> None:
+    """Entry point: GlueErrors are printed without a traceback and exit with 2, Ctrl-C with 130."""
+    try:
+        app(standalone_mode=False)
+    except GlueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was finished is kept, run the same command again to go on", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(130)  # worker processes are gone; threads that wait for them must not hold us
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        if not hasattr(error, "show"):  # click's errors of usage know how to show themselves
+            raise
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(2)
+
+
+@app.command()
+def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
+        workers: Annotated[int | None, typer.Option(help="Processes beside each other; default: one a core.")] = None,
+        threads: Annotated[int, typer.Option(help="Threads of each process; more than one may change last bits.")] = 1,
+        full: Annotated[bool, typer.Option(help="Run with every seed of the recipe's `full`, write the boards.")] = False,
+        quiet: Quiet = False) -> None:
+    """Make everything a recipe asks for; what exists already is not made again."""
+    from glue.recipe import read_recipe
+    from glue.show import print_board, progress
+    from glue.workers import Workers
+
+    seeds = read_recipe(recipe).full_seeds if full else (seed,)
+    if not seeds:
+        raise GlueError(f"{recipe} has no 'full: {{seeds: [...]}}'", fix="add it, or leave out --full")
+    boards = []
+    for one in seeds:
+        read, found = read_recipe(recipe, seed=one), _zoo(zoo)
+        with Workers(_cores() if workers is None else workers, threads) as pool, progress(quiet) as watcher:
+            from glue.run import run as make
+
+            plan = make(read, found, pool, watcher)
+        if read.board:
+            boards.append((read.seed, print_board(plan)))
+    if full and boards:
+        from glue.show import write_boards
+
+        print(f"written to {write_boards(recipe, boards)}")
+
+
+@app.command()
+def plan(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None, as_json: Json = False) -> None:
+    """Check a recipe and list its steps: what is done, what will be read and written. Changes nothing."""
+    from glue.plan import make_plan
+    from glue.recipe import read_recipe
+    from glue.show import print_plan
+
+    print_plan(make_plan(read_recipe(recipe, seed=seed), _zoo(zoo)), as_json)
+
+
+@app.command()
+def board(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
+          markdown: Annotated[Path | None, typer.Option(help="Also write the board to this file.")] = None) -> None:
+    """Show the leaderboard of a recipe that has been run. Reads, never runs."""
+    from glue.board import markdown as lines
+    from glue.files import write_aside
+    from glue.plan import make_plan
+    from glue.recipe import read_recipe
+    from glue.show import print_board
+
+    shown = print_board(make_plan(read_recipe(recipe, seed=seed), _zoo(zoo)))
+    if markdown:
+        write_aside(markdown, "\n".join(lines(shown)) + "\n")
+
+
+@app.command("eval")
+def evaluate(members: Annotated[list[str], typer.Argument(help="Names, or tag:x.")],
+             suite: Annotated[str, typer.Option(help="A suite and split, such as tiny:test.")],
+             zoo: ZooFile = HERE, workers: int | None = None, quiet: Quiet = False) -> None:
+    """Measure members on a suite with lm-eval, and show the table. The same as a recipe with one evaluate line."""
+    from glue.show import print_rows, progress
+    from glue.once import measured
+    from glue.workers import Workers
+
+    with Workers(_cores() if workers is None else workers) as pool, progress(quiet) as watcher:
+        member, table = measured(_zoo(zoo), members, suite, pool, watcher)
+    print_rows(member, table)
+
+
+@app.command()
+def generate(member: str, prompt: str, zoo: ZooFile = HERE,
+             tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 32,
+             device: str = "cpu") -> None:
+    """Let a member continue a prompt, greedily."""
+    from glue.kinds import load
+    from glue.kinds.text import continued
+
+    print(continued(load(_zoo(zoo)[member], device=device), prompt, tokens))
+
+
+@app.command()
+def methods(family: Annotated[str | None, typer.Argument(help="merging, routing, searching, teaching, steps.")] = None,
+            as_json: Json = False) -> None:
+    """List everything that can be chosen in a recipe, with its parameters."""
+    from glue.show import print_methods
+
+    print_methods(family, as_json)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from glue.schema import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2))
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(help="Where the new zoo shall be.")] = Path(".")) -> None:
+    """Start a zoo: a zoo.yaml, a suite folder and a first recipe. Overwrites nothing."""
+    from glue.care import start
+
+    for file in start(folder):
+        print(f"wrote {file}")
+
+
+@zoo_app.command("list")
+def zoo_list(selector: Annotated[str | None, typer.Argument(help="tag:x or a name.")] = None, zoo: ZooFile = HERE,
+             as_json: Json = False) -> None:
+    """List the newest version of every member."""
+    from glue.show import print_members
+
+    found = _zoo(zoo)
+    print_members(found.select(selector) if selector else list(found), as_json)
+
+
+@zoo_app.command()
+def show(name: str, zoo: ZooFile = HERE, as_json: Json = False) -> None:
+    """Show one member: where it is, what it came from, its versions."""
+    from glue.show import print_member
+
+    found = _zoo(zoo)
+    print_member(found.identified(found[name]), found.versions(name.partition("@")[0]), as_json)
+
+
+@zoo_app.command()
+def add(path: Annotated[str, typer.Argument(help="A folder, or hub:owner/name@revision.")],
+        name: Annotated[str | None, typer.Option(help="Default: the last part of the path.")] = None,
+        kind: str = "model", base: Annotated[str | None, typer.Option(help="The member it derives from.")] = None,
+        tag: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
+        licence: str = "", zoo: ZooFile = HERE) -> None:
+    """Add a model, adapter or dataset to the zoo's register. zoo.yaml itself is not touched."""
+    from glue.care import added
+
+    member = added(_zoo(zoo), path, name, kind, base, set(tag or ()), licence)
+    print(f"added {member.name} ({member.kind}, digest {member.digest[:8]})")
+
+
+@zoo_app.command()
+def remove(name: str, zoo: ZooFile = HERE) -> None:
+    """Take a product or an added member out of the register. Its files stay until `glue zoo gc`."""
+    print(f"removed {_zoo(zoo).remove(name).name}; its files go with  glue zoo gc --yes")
+
+
+@zoo_app.command()
+def tag(name: str, add: Annotated[list[str] | None, typer.Option(help="A tag to add.")] = None,
+        drop: Annotated[list[str] | None, typer.Option(help="A tag to take away.")] = None,
+        zoo: ZooFile = HERE) -> None:
+    """Add and drop tags of a member."""
+    member = _zoo(zoo).tag(name, set(add or ()), set(drop or ()))
+    print(f"{member.name}: {', '.join(sorted(member.tags)) or 'no tags'}")
+
+
+@zoo_app.command()
+def verify(name: str, zoo: ZooFile = HERE) -> None:
+    """Read every byte of a member again, compare with its registered digest, and print sha256 sums."""
+    from glue.care import verified
+
+    for line in verified(_zoo(zoo), name):
+        print(line)
+
+
+@zoo_app.command()
+def gc(zoo: ZooFile = HERE,
+       yes: Annotated[bool, typer.Option("--yes", help="Really delete; without it, only tell.")] = False) -> None:
+    """Find folders of products that no member refers to, and older versions nothing depends on; --yes deletes them."""
+    from glue.care import unreferenced
+    from glue.show import human
+
+    found = unreferenced(_zoo(zoo), delete=yes)
+    for folder, size in found:
+        print(f"{'deleted' if yes else 'would delete'} {folder} ({human(size)})")
+    total = human(sum(size for _, size in found))
+    print(f"{len(found)} folders, {total}" + ("" if yes or not found else "; add --yes to delete them"))
+
+
+def _zoo(file: Path) -> Any:
+    from glue.zoo import Zoo
+
+    return Zoo(file)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,122 @@
+"""Documents: YAML read strictly, as YAML 1.2 means it, with the place of every key.
+
+`1e-3` is a number and `no` is a word; a key that stands twice, a tag such as !!python, an alias that loops or grows
+without end are errors. What is read is plain data: mappings, lists, words, numbers, true, false and null.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from glue.errors import GlueError, Place
+
+SIZE_LIMIT, NODE_LIMIT = 2_000_000, 100_000  # bytes; nodes after aliases are expanded
+_CORE = "tag:yaml.org,2002:"
+_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_WORDS = {"null": None, "Null": None, "NULL": None, "~": None, "": None, "true": True, "True": True, "TRUE": True,
+          "false": False, "False": False, "FALSE": False, ".nan": float("nan"), ".inf": float("inf"),
+          "+.inf": float("inf"), "-.inf": float("-inf")}
+Path_ = tuple[str | int, ...]
+
+
+class Document:
+    """One YAML file: `value` is its data, `place(*path)` says where a key stands."""
+
+    def __init__(self, value: Any, file: str, places: dict[Path_, Place]):
+        self.value, self.file, self._places = value, file, places
+
+    def place(self, *path: str | int) -> Place:
+        """The place of the key at `path`, or of the nearest one above it that is written down."""
+        while path and path not in self._places:
+            path = path[:-1]
+        return self._places.get(path, Place(self.file, 1, 1))
+
+
+def read(file: Path, error: type[GlueError], shown: str | None = None) -> Document:
+    """Read `file`; every mistake is an `error` that names file:line:column."""
+    name = shown or str(file)
+    try:
+        if file.stat().st_size > SIZE_LIMIT:
+            raise error(f"{name} is larger than {SIZE_LIMIT:,} bytes, too large to be written by hand")
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise error(f"there is no file {name}") from None
+    except IsADirectoryError:
+        raise error(f"{name} is a folder; a YAML file is needed") from None
+    except UnicodeDecodeError as problem:
+        raise error(f"{name} is not UTF-8 text (byte {problem.start})") from None
+    return parse(text, name, error)
+
+
+def parse(text: str, name: str, error: type[GlueError]) -> Document:
+    """Read YAML from a string; `name` stands for the file in errors."""
+    try:
+        node = yaml.compose(text, Loader=yaml.BaseLoader)
+    except yaml.MarkedYAMLError as problem:
+        mark = problem.problem_mark or problem.context_mark
+        place = Place(name, mark.line + 1, mark.column + 1) if mark else Place(name, 1, 1)
+        raise error(f"this is not YAML: {problem.problem or problem.context}", place=place,
+                    fix="look for a missing colon, bracket or quote, or a tab, on this line or the one before") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as problem:
+        raise error(f"this is not YAML: {str(problem).splitlines()[0]}", place=Place(name, 1, 1)) from None
+    reader = _Reader(name, error)
+    value = reader.plain(node, (), ()) if node is not None else None
+    return Document(value, name, reader.places)
+
+
+class _Reader:
+    def __init__(self, name: str, error: type[GlueError]):
+        self.name, self.error, self.nodes = name, error, 0
+        self.places: dict[Path_, Place] = {}
+
+    def place(self, node: yaml.Node) -> Place:
+        return Place(self.name, node.start_mark.line + 1, node.start_mark.column + 1)
+
+    def plain(self, node: yaml.Node, path: Path_, above: tuple[int, ...]) -> Any:
+        self.nodes += 1
+        if id(node) in above or self.nodes > NODE_LIMIT or len(above) > 50:
+            raise self.error("aliases or brackets here loop or grow without end", place=self.place(node),
+                             fix="write the value out")
+        self.places.setdefault(path, self.place(node))
+        above = (*above, id(node))
+        if isinstance(node, yaml.MappingNode):
+            self._tag(node, "map")
+            return self._mapping(node, path, above)
+        if isinstance(node, yaml.SequenceNode):
+            self._tag(node, "seq")
+            return [self.plain(item, (*path, k), above) for k, item in enumerate(node.value)]
+        return self._scalar(node)
+
+    def _mapping(self, node: yaml.MappingNode, path: Path_, above: tuple[int, ...]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise self.error("a key must be a single word", place=self.place(key))
+            self._tag(key, "str")
+            if key.value in found:
+                raise self.error(f"'{key.value}' stands twice", place=self.place(key), fix="keep one of the two")
+            self.places[(*path, key.value)] = self.place(key)
+            found[key.value] = self.plain(value, (*path, key.value), above)
+        return found
+
+    def _tag(self, node: yaml.Node, expected: str) -> None:
+        if node.tag != _CORE + expected:
+            shown = node.tag.replace(_CORE, "!!")
+            raise self.error(f"the tag {shown} is not allowed; only plain data is read", place=self.place(node),
+                             fix="remove the tag")
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        self._tag(node, "str")
+        text = node.value
+        if node.style is not None:
+            return text
+        if text in _WORDS:
+            return _WORDS[text]
+        if _INT.fullmatch(text):
+            return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+        return float(text) if _FLOAT.fullmatch(text) else text

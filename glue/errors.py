@@ -1,0 +1,113 @@
+"""The tree of errors, and how each is worded: where, what, why, and the fix.
+
+    GlueError              anything a user can cause; the command line prints it without a traceback, exit code 2
+    ├── RecipeError        the words of a recipe
+    ├── ZooError           zoo.yaml, the register of products, a member that is not there
+    ├── CheckpointError    weight files
+    ├── MethodError        a registered method and its parameters
+    ├── SuiteError         a suite, its task files and its data
+    ├── RunError           a task that failed while it ran; the run can be resumed
+    └── MissingExtra       an optional package that is not installed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import NamedTuple
+
+
+class Place(NamedTuple):
+    """A position in a file; line and column count from 1."""
+
+    file: str
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}"
+
+
+class GlueError(Exception):
+    """What went wrong, the place it came from, and what to do about it."""
+
+    def __init__(self, what: str, *, fix: str = "", place: Place | None = None):
+        super().__init__(what)
+        self.what, self.fix, self.place = what, fix, place
+
+    def __str__(self) -> str:
+        where = f"{self.place}: " if self.place else ""
+        fix = f"\n  {self.fix}" if self.fix else ""
+        return f"{where}{self.what}{fix}"
+
+    def __reduce__(self):  # keyword-only arguments survive the trip from a worker process
+        return _rebuild, (type(self), self.what, self.fix, self.place)
+
+    def at(self, place: Place | None) -> GlueError:
+        """The same error with a place, unless it has one already."""
+        self.place = self.place or place
+        return self
+
+
+class RecipeError(GlueError):
+    """The words of a recipe."""
+
+
+class ZooError(GlueError):
+    """zoo.yaml, the register of products, or a member that is not there."""
+
+
+class CheckpointError(GlueError):
+    """Weight files: damaged, unsafe or not what their header says."""
+
+
+class MethodError(GlueError):
+    """A registered method and its parameters."""
+
+
+class SuiteError(GlueError):
+    """A suite, its task files and its data."""
+
+
+class RunError(GlueError):
+    """A task that failed while it ran; what was finished is kept."""
+
+
+class MissingExtra(GlueError):
+    """An optional package that is not installed."""
+
+    def __init__(self, package: str, extra: str):
+        super().__init__(f"this needs the package '{package}', which is not installed",
+                         fix=f"pip install 'glue[{extra}]'")
+
+    def __reduce__(self):
+        return _rebuild, (GlueError, self.what, self.fix, self.place)
+
+
+class Mistakes(GlueError):
+    """Everything that is wrong with one file, worded one after the other."""
+
+    def __init__(self, errors: list[GlueError]):
+        super().__init__("\n".join(str(error) for error in errors))
+        self.errors = errors
+
+    def __reduce__(self):
+        return Mistakes, (self.errors,)
+
+
+def _rebuild(kind: type[GlueError], what: str, fix: str, place: Place | None) -> GlueError:
+    error = GlueError.__new__(kind)
+    GlueError.__init__(error, what, fix=fix, place=place)
+    return error
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: the nearest known one, or all of them where they are few."""
+    words = sorted(set(known))
+    near = get_close_matches(str(word), words, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    if not words:
+        return ""
+    listed = ", ".join(words[:12]) + (", ..." if len(words) > 12 else "")
+    return f"; known: {listed}"

@@ -1,0 +1,274 @@
+"""Plans: a recipe with every word checked, every member found and every finished step recognised.
+
+A plan is a pure function of recipe and zoo, and cheap; `run` makes a new one whenever something was finished. So a
+group that a step has yet to make is simply not expanded until it is there: its tasks are `deferred`, with every
+word checked now, and arity and compatibility when the group exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from glue.errors import GlueError, MethodError, Mistakes, RecipeError, ZooError
+from glue.family import Choice, Method
+from glue.find import Finder, Outcome, Pending
+from glue.member import Element, Member, Origin
+from glue.recipe import Line, Recipe
+from glue.steps import Measured, Takes, steps
+from glue.zoo import Zoo
+
+State = Literal["done", "alias", "ready", "waiting", "deferred"]
+GROUP = "group/1"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to make.
+
+    state      done; alias: made under another name, to be registered; ready; waiting for other tasks; deferred: how
+               many there are is decided by a group that is yet to be made
+    arguments  of the step, resolved (when ready)       origin  known as soon as all inputs are made
+    """
+
+    name: str
+    line: Line
+    step: str
+    makes: str
+    state: State
+    waits_for: tuple[str, ...] = ()
+    choice: Choice | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    origin: Origin | None = None
+    member: Member | None = None
+    inputs: tuple[Member, ...] = ()
+    elements: tuple[Element, ...] = ()
+
+    def folder(self, zoo: Zoo) -> Path:
+        """Where its product lies or will lie."""
+        assert self.origin is not None
+        return zoo.folder / f"{self.name}-{self.origin.key[:8]}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All tasks of a recipe in order."""
+
+    recipe: Recipe
+    zoo: Zoo
+    tasks: tuple[Task, ...]
+
+    def __iter__(self):
+        return iter(self.tasks)
+
+    @property
+    def done(self) -> bool:
+        return all(task.state == "done" for task in self.tasks)
+
+    def __getitem__(self, word: str) -> Member:
+        """The member that a word of this recipe means, once it is made."""
+        return _last_finder(self)(word)
+
+
+def _last_finder(plan: Plan):
+    outcomes = {task.name: Outcome(task.member, task.makes, frozenset(task.line.tags)) for task in plan.tasks}
+    finder = Finder(plan.zoo, plan.recipe, outcomes)
+
+    def find(word: str) -> Member:
+        found = finder.one(word, plan.recipe.name)
+        if isinstance(found, Pending):
+            raise RecipeError(f"'{word}' has not been made yet", fix=f"glue run {plan.recipe.file}")
+        return found
+    return find
+
+
+def make_plan(recipe: Recipe, zoo: Zoo) -> Plan:
+    """Check every word of the recipe and find what is done. Raises Mistakes with everything that is wrong."""
+    planner = _Planner(recipe, zoo)
+    for line in recipe.lines:
+        planner.plan(line)
+    if planner.errors:
+        raise Mistakes(_gathered(planner.errors))
+    return Plan(recipe, zoo, tuple(planner.tasks))
+
+
+def _gathered(errors: list[GlueError]) -> list[GlueError]:
+    """Errors once each; all members that are not on this machine as one, with all commands that get them."""
+    told: dict[str, GlueError] = {}
+    missing: dict[str, GlueError] = {}
+    for error in errors:
+        (missing if "is not on this machine" in error.what else told).setdefault(f"{error.place}{error.what}", error)
+    if missing:
+        fixes = list(dict.fromkeys(error.fix.removeprefix("get it with  ") for error in missing.values()))
+        told["missing"] = ZooError(f"{len(fixes)} members are not on this machine", place=next(iter(missing.values())).place,
+                                   fix="get them with\n    " + "\n    ".join(fixes))
+    return list(told.values())
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe, zoo: Zoo):
+        self.recipe, self.zoo = recipe, zoo
+        self.tasks: list[Task] = []
+        self.errors: list[GlueError] = []
+        self.outcomes: dict[str, Outcome] = {}
+        self.finder = Finder(zoo, recipe, self.outcomes)
+
+    def plan(self, line: Line) -> None:
+        """Add the tasks of one line, or its mistakes."""
+        try:
+            method = steps[line.step]
+        except MethodError as error:
+            self.errors.append(RecipeError(error.what, fix=error.fix, place=line.place("step")))
+            self.outcomes[line.product] = Outcome(None, "unknown", frozenset(line.tags))
+            return
+        makes = method.traits["makes"]
+        outcome = Outcome(None, "group" if line.each else makes, frozenset(line.tags), of=makes)
+        try:
+            params = dict(line.params)
+            if line.each:
+                if "members" not in method.parameters or "members" in params:
+                    raise RecipeError(f"step '{line.step}' cannot have both 'each' and 'members'" if "members" in params
+                                      else f"step '{line.step}' works on no members, so 'each' means nothing here",
+                                      place=line.place("each"))
+                params["members"] = [{"each": line.each}]
+            choice = method.bind(params)
+            self._expand(line, method, choice)
+            if not line.each and (made := self.tasks[-1].member):
+                outcome = Outcome(made, made.kind, frozenset(line.tags))
+            elif line.each and self.tasks and self.tasks[-1].name == line.product and self.tasks[-1].member:
+                outcome = Outcome(self.tasks[-1].member, "group", frozenset(line.tags))
+        except Mistakes as error:
+            self.errors += error.errors
+        except GlueError as error:
+            place = error.place or line.place(*getattr(error, "loc", ()) or ("step",))
+            kind = ZooError if isinstance(error, ZooError) else RecipeError
+            self.errors.append(kind(error.what, fix=error.fix, place=place))
+        self.outcomes[line.product] = outcome
+
+    def _expand(self, line: Line, method: Method, choice: Choice) -> None:
+        if not line.each:
+            self.tasks.append(self._task(line, method, choice, line.product, None))
+            return
+        group = self.finder.group(line.each, line)
+        if isinstance(group, Pending):
+            self._resolve(line, choice, None)  # every other word is checked now
+            self.tasks.append(Task(line.product, line, line.step, "group", "deferred", group.names, choice))
+            return
+        made = []
+        for element in group.elements:
+            task = self._task(line, method, choice, f"{line.product}/{element.name}", element)
+            self.tasks.append(task)
+            self.outcomes[task.name] = Outcome(task.member, task.makes, frozenset(line.tags))
+            made.append(task)
+        self.tasks.append(self._group(line, group.elements, made))
+
+    def _task(self, line: Line, method: Method, choice: Choice, name: str, element: Element | None) -> Task:
+        arguments, pending = self._resolve(line, choice, element)
+        makes = method.traits["makes"]
+        if pending:
+            return Task(name, line, line.step, makes, "waiting", tuple(dict.fromkeys(pending)), choice)
+        if "check" in method.traits:
+            method.traits["check"](**{key: value for key, value in {**choice.params, **arguments}.items()})
+        origin = _origin(method, choice, arguments, line.seed)
+        inputs = tuple(_members(arguments))
+        task = Task(name, line, line.step, makes, "ready", (), choice, arguments, origin, None, inputs)
+        lone = method.traits.get("lone") and element is not None and len(arguments["members"]) == 1
+        member = self.zoo.made(origin)
+        if member is None and lone:
+            return replace(task, state="alias", makes=arguments["members"][0].kind,
+                           member=replace(arguments["members"][0], name=name, origin=origin, tags=frozenset(line.tags)))
+        return self._found(task, member)
+
+    def _found(self, task: Task, member: Member | None) -> Task:
+        if member is None:
+            return task
+        named = member if member.name == task.name else replace(member, name=task.name, tags=frozenset(task.line.tags))
+        newest = task.name in self.zoo and self.zoo[task.name] == named
+        return replace(task, state="done" if newest else "alias", member=named)
+
+    def _group(self, line: Line, elements: Iterable[Element], tasks: list[Task]) -> Task:
+        if any(task.member is None for task in tasks):
+            names = tuple(task.name for task in tasks if task.member is None)
+            return Task(line.product, line, line.step, "group", "waiting", names)
+        made = tuple(Element(element.name, element.root, (task.member,))
+                     for element, task in zip(elements, tasks, strict=True) if task.member)
+        members = tuple(item.members[0] for item in made)
+        origin = Origin(GROUP, {"members": tuple(member.digest for member in members)},
+                        {"names": [item.name for item in made]}, 0, {"members": tuple(m.name for m in members)})
+        task = Task(line.product, line, line.step, "group", "ready", (), None, {}, origin, None, members, made)
+        return self._found(task, self.zoo.made(origin))
+
+    def _resolve(self, line: Line, choice: Choice, element: Element | None) -> tuple[dict[str, Any], list[str]]:
+        """Parameters that name members, resolved; and the names of what is not made yet."""
+        arguments: dict[str, Any] = {}
+        pending: list[str] = []
+        for name, info in choice.method.parameters.items():
+            takes = next((mark for mark in info.metadata if isinstance(mark, Takes)), None)
+            value = choice.params[name]
+            if takes is None or value is None:
+                continue
+            found = self.finder.resolve(takes, value, line, name, element)
+            if isinstance(found, Pending):
+                pending += found.names
+            else:
+                arguments[name] = self._identified(found, line, name)
+        return arguments, pending
+
+    def _identified(self, value: Any, line: Line, name: str) -> Any:
+        def one(member: Member) -> Member:
+            try:
+                return self.zoo.identified(member)
+            except GlueError as error:
+                problems.append(error.at(line.place(name)))
+                return member
+
+        problems: list[GlueError] = []
+        if isinstance(value, Member):
+            value = one(value)
+        elif isinstance(value, list):
+            value = [one(member) for member in value]
+        elif isinstance(value, dict):
+            value = {one(member): share for member, share in value.items()}
+        elif isinstance(value, Measured):
+            value = replace(value, data={word: one(member) for word, member in value.data.items()})
+        if problems:
+            raise Mistakes(problems)
+        return value
+
+
+def _members(arguments: Mapping[str, Any]) -> Iterable[Member]:
+    for value in arguments.values():
+        if isinstance(value, Member):
+            yield value
+        elif isinstance(value, (list, dict)):
+            yield from value
+        elif isinstance(value, Measured):
+            yield from value.data.values()
+
+
+def _origin(method: Method, choice: Choice, arguments: Mapping[str, Any], seed: int) -> Origin:
+    """What this task will leave, as a key: everything that its bits depend on."""
+    inputs: dict[str, tuple[str, ...]] = {}
+    names: dict[str, tuple[str, ...]] = {}
+    params: dict[str, Any] = {}
+    for name, value in choice.params.items():
+        value = arguments.get(name, value)
+        if isinstance(value, Measured):
+            tasks = [{key: item for key, item in asdict(task).items() if key != "data"} for task in value.suite.tasks]
+            params[name] = {"tasks": tasks, "split": value.split}
+            value = [value.data[task.data] for task in value.suite.tasks]
+        elif name in arguments and isinstance(value, dict):
+            params[name] = [share for _, share in value.items()]
+            value = list(value)
+        elif name in arguments:
+            value = [value] if isinstance(value, Member) else value
+        else:
+            params[name] = value.spelled() if isinstance(value, Choice) else value
+            continue
+        inputs[name] = tuple(member.digest for member in value)
+        names[name] = tuple(member.name for member in value)
+    if method.traits.get("named"):
+        params["names"] = {name: list(value) for name, value in names.items()}
+    return Origin(f"{method.name}/{method.version}", inputs, params, seed, names)

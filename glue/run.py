@@ -1,0 +1,197 @@
+"""Runs: a plan turned into members, several tasks at a time where they do not wait for each other.
+
+A finished task is registered at once, so a run that is interrupted or killed goes on where it was. What a task
+writes lies in a draft folder until it is complete. Each run leaves a journal in runs/.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from glue.errors import GlueError, RunError
+from glue.files import append_line, publish, write_aside
+from glue.identity import identify, remember
+from glue.member import FOLDER_NOTE, Member, Origin, canonical
+from glue.plan import Plan, Task, make_plan
+from glue.recipe import Recipe
+from glue.steps import Job, Made
+from glue.workers import Workers
+from glue.zoo import Zoo
+
+RECORDED = ("glue", "torch", "transformers", "numpy", "safetensors", "lm_eval")
+
+
+class Watcher:
+    """What a run tells while it works; the command line shows it. Every method may be called from any thread."""
+
+    def planned(self, plan: Plan) -> None:
+        """The plan as it is now; it grows when a group becomes known."""
+
+    def started(self, task: Task) -> None:
+        """A task has begun."""
+
+    def progress(self, task: Task, done: int, total: int, note: str) -> None:
+        """How far a task is."""
+
+    def finished(self, task: Task, member: Member, seconds: float) -> None:
+        """A task has left its member."""
+
+
+def run(recipe: Recipe, zoo: Zoo, workers: Workers, watcher: Watcher | None = None) -> Plan:
+    """Make everything a recipe asks for and return its plan, now done.
+
+    Raises RunError for the first task that fails, after those beside it have finished; KeyboardInterrupt passes
+    through. In both cases everything finished is registered and the same call goes on from there.
+    """
+    return _Run(recipe, zoo, workers, watcher or Watcher()).all()
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, zoo: Zoo, workers: Workers, watcher: Watcher):
+        self.recipe, self.zoo, self.workers, self.watcher = recipe, zoo, workers, watcher
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+        self.journal = zoo.file.parent / "runs" / f"{recipe.name}-{stamp}-{os.getpid()}.jsonl"
+        self.drafts = zoo.folder / ".drafts"
+        self.running: dict[Future, tuple[Task, float]] = {}
+
+    def all(self) -> Plan:
+        """Plan, start what is ready, wait for something to finish, register it, and again."""
+        plan = make_plan(self.recipe, self.zoo)
+        self._sweep()
+        with ThreadPoolExecutor(max(1, self.workers.number)) as threads:
+            try:
+                while True:
+                    self.watcher.planned(plan)
+                    self._register_aliases(plan)
+                    self._start_ready(plan, threads)
+                    if not self.running:
+                        break
+                    for future in wait(self.running, return_when=FIRST_COMPLETED).done:
+                        self._collect(future)
+                    plan = make_plan(self.recipe, self.zoo)
+            except BaseException as problem:
+                if not isinstance(problem, GlueError):  # interrupted: end what runs, keep what is finished
+                    self.workers.close(now=True)
+                for future in self.running:
+                    future.cancel()
+                raise
+        plan = make_plan(self.recipe, self.zoo)
+        assert plan.done, [task.name for task in plan if task.state != "done"]
+        return plan
+
+    def _register_aliases(self, plan: Plan) -> None:
+        for task in plan:
+            if task.state == "alias" and task.member is not None:
+                self.zoo.add(task.member)
+                self._note("alias", task, of=task.member.path)
+
+    def _start_ready(self, plan: Plan, threads: ThreadPoolExecutor) -> None:
+        under_way = {task.origin.key for task, _ in self.running.values() if task.origin}
+        for task in plan:
+            if task.state == "ready" and task.origin and task.origin.key not in under_way:
+                under_way.add(task.origin.key)
+                self.running[threads.submit(self._make, task)] = task, time.monotonic()
+                self._note("started", task)
+                self.watcher.started(task)
+
+    def _collect(self, future: Future) -> None:
+        task, began = self.running.pop(future)
+        try:
+            member = future.result()
+        except GlueError as error:
+            self._note("failed", task, error=str(error))
+            self._rest()
+            raise RunError(f"{task.name}: {error.what}", fix=error.fix, place=task.line.place("as")) from error
+        except Exception as error:
+            self._note("failed", task, error=traceback.format_exc())
+            self._rest()
+            raise RunError(f"{task.name} failed: {type(error).__name__}: {error}",
+                           fix=f"the whole story is in {self.journal}", place=task.line.place("as")) from error
+        self.zoo.add(member)
+        seconds = time.monotonic() - began
+        self._note("done", task, digest=member.digest, seconds=round(seconds, 2))
+        self.watcher.finished(task, member, seconds)
+
+    def _rest(self) -> None:
+        """Register what finishes beside a task that failed."""
+        for future in list(self.running):
+            task, _ = self.running.pop(future)
+            if future.cancel():
+                continue
+            try:
+                self.zoo.add(future.result())
+            except Exception as error:  # the first failure is the one that is told
+                self._note("failed", task, error=str(error))
+
+    def _make(self, task: Task) -> Member:
+        """Run one step into a draft folder and publish it."""
+        assert task.origin is not None
+        final = task.folder(self.zoo)
+        draft = self.drafts / f"{task.origin.key[:16]}-{os.getpid()}"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        made = self._made(task, draft)
+        origin = replace(task.origin, made_with=_made_with(self.workers))
+        fingerprint, digest = identify(draft)
+        remember(final, self.zoo.digests, fingerprint, digest, files=draft)
+        seen = frozenset().union(made.seen, *(member.seen for member in task.inputs))
+        member = Member(task.name, made.kind, str(final), frozenset(task.line.tags), made.base, origin, fingerprint,
+                        digest, _licence(task.inputs), seen, made.elements, made.note)
+        member = self.zoo.with_base(member)
+        write_aside(draft / FOLDER_NOTE, canonical(_told(member)))
+        publish(draft, final)
+        return member
+
+    def _made(self, task: Task, draft: Path) -> Made:
+        if task.choice is None:  # a group of what a mapped line has left
+            made = Made("group", elements=task.elements, note=f"{len(task.elements)} members")
+        else:
+            job = Job(task.name, draft, task.line.seed, self.workers, self.zoo.folder,
+                      lambda done, total, note: self.watcher.progress(task, done, total, note))
+            made = task.choice(job, **task.arguments)
+        if made.kind == "group":
+            told = [{"name": item.name, "root": item.root and item.root.digest,
+                     "members": [member.digest for member in item.members]} for item in made.elements]
+            (draft / "elements.json").write_text(canonical(told))
+        return made
+
+    def _sweep(self) -> None:
+        """Remove the drafts of runs that are no longer there."""
+        for draft in self.drafts.glob("*-*") if self.drafts.exists() else ():
+            if not Path(f"/proc/{draft.name.rsplit('-', 1)[1]}").exists():
+                shutil.rmtree(draft, ignore_errors=True)
+
+    def _note(self, event: str, task: Task, **more: object) -> None:
+        record = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, "task": task.name,
+                  "origin": task.origin.key if task.origin else None, **more}
+        append_line(self.journal, canonical(record))
+
+
+def _told(member: Member) -> dict[str, object]:
+    """What a product's folder says of itself."""
+    origin: Origin = member.origin  # type: ignore[assignment]
+    return {"name": member.name, "kind": member.kind, "digest": member.digest, "fingerprint": member.fingerprint,
+            "base": member.base.version if member.base else None, "licence": member.licence,
+            "seen": sorted(member.seen), "note": member.note, "origin": origin.as_dict(), "key": origin.key}
+
+
+def _licence(inputs: tuple[Member, ...]) -> str:
+    return ", ".join(sorted({member.licence for member in inputs if member.licence}))
+
+
+def _made_with(workers: Workers) -> dict[str, str]:
+    found = {}
+    for name in RECORDED:
+        found[name] = version(name)
+    return {**found, "python": platform.python_version(), "machine": platform.machine(),
+            "threads": str(workers.threads)}

@@ -1,0 +1,96 @@
+"""Steps: the words after `step:`. Each takes members and leaves one member; only steps know both zoo and verbs.
+
+A step's keyword-only signature is the schema of its recipe line. Parameters that name members are marked here, and
+arrive resolved:
+
+    One         a member                                    -> Member
+    Many        names, `tag:x`, groups                      -> list[Member]
+    Shares      members with a number each                  -> dict[Member, float], in canonical order
+    OnSuite     `suite:split`; OnDev takes no test split     -> Measured
+
+Traits: `makes` is the kind of member it leaves; `lone` lets a family of one pass through as it is; `named` says that
+names go into the result, so that they belong to its origin; `check` is called with the resolved parameters before
+anything runs, and raises for what cannot work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from glue.family import Family, Positive
+from glue.member import Element, Member
+
+if TYPE_CHECKING:
+    from glue.evaluate.suite import Suite
+    from glue.workers import Workers
+
+steps = Family("steps", "step", "glue.steps", first="Job -> Made", traits=("makes", "lone", "named", "check"))
+
+
+@dataclass(frozen=True)
+class Takes:
+    """Marks a parameter that names members. kinds: what they may be; () is anything."""
+
+    how: str
+    kinds: tuple[str, ...] = ()
+
+
+MODELS = ("model", "adapter")
+RUNS = ("model", "adapter", "mixture")
+One = Annotated[str, Takes("one", MODELS)]
+Many = Annotated[list[Any], Takes("many", MODELS)]
+ManyThatRun = Annotated[list[Any], Takes("many", RUNS)]
+Datasets = Annotated[list[Any], Takes("many", ("dataset",))]
+Shares = Annotated[dict[str, Positive], Takes("shares", ("dataset",))]
+OnSuite = Annotated[str, Takes("suite", ("dev", "test"))]
+OnDev = Annotated[str, Takes("suite", ("dev",))]  # for whatever chooses by what it measures
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A suite on one split, with the dataset member behind each of its tasks."""
+
+    suite: Suite
+    split: str
+    data: dict[str, Member]
+
+    def folders(self) -> dict[str, Path]:
+        """Name of a dataset, as the suite says it, -> its folder."""
+        return {name: member.folder for name, member in self.data.items()}
+
+
+@dataclass
+class Job:
+    """What a step is given besides its parameters.
+
+    folder   empty, to be filled; it is renamed into place when the step returns
+    shared   the zoo's folder, for what steps share: generated task files, scores
+    report   (done, total, note): progress
+    """
+
+    name: str
+    folder: Path
+    seed: int
+    workers: Workers
+    shared: Path
+    report: Callable[[int, int, str], None] = lambda done, total, note: None
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a step leaves in its folder.
+
+    base      the member that it derives from
+    seen      digests of the splits that a search looked at, beyond those its inputs carry
+    elements  of a group
+    note      one line for people
+    """
+
+    kind: str
+    base: Member | None = None
+    seen: frozenset[str] = frozenset()
+    elements: tuple[Element, ...] = ()
+    note: str = ""

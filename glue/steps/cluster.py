@@ -1,0 +1,68 @@
+"""`step: cluster`: families of members whose weights are alike."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Literal
+
+from glue.errors import ZooError
+from glue.family import Probability
+from glue.member import Element, Member
+from glue.steps import Job, Made, Many, steps
+
+
+@steps.add("cluster", makes="group", named=True, source="arXiv:2410.05357")
+def cluster(job: Job, *, members: Many, threshold: Probability = 0.95,
+            linkage: Literal["leader", "single", "average", "complete"] = "average",
+            part: Literal["all", "attention", "mlp"] = "all") -> Made:
+    """Every member in exactly one family: alike above the threshold, and of one architecture.
+
+    Similarity is Model-GLUE's: the cosine of weight columns, averaged over attention and MLP matrices. A family's
+    root is the ancestor that most of its members declare or were made from, or else its medoid.
+    """
+    similar, families, medoids = job.workers.call("glue.steps.cluster:work", members, threshold, linkage, part)
+    elements = _elements([[members[k] for k in family] for family in families], [members[k] for k in medoids])
+    text = {"names": [member.name for member in members], "similarity": similar}
+    (job.folder / "similarity.json").write_text(json.dumps(text))
+    sizes = ", ".join(f"{element.name} ({len(element.members)})" for element in elements)
+    return Made("group", elements=elements, note=f"{len(elements)} families: {sizes}")
+
+
+def work(members: list[Member], threshold: float, linkage: str, part: str) -> tuple[list, list, list]:
+    """In a worker: (similarity [n, n] as lists with null where shapes differ, families, medoid of each)."""
+    import numpy as np
+
+    from glue.cluster.linkage import clusters, medoid
+    from glue.cluster.similarity import similarity
+    from glue.kinds import weights
+
+    alike = similarity([weights(member) for member in members], part=part)
+    families = clusters(alike, threshold, linkage)
+    rows = [[None if np.isnan(value) else float(value) for value in row] for row in alike]
+    return rows, families, [medoid(alike, family) for family in families]
+
+
+def _elements(families: list[list[Member]], medoids: list[Member]) -> tuple[Element, ...]:
+    roots = [_ancestor(family) or medoid for family, medoid in zip(families, medoids, strict=True)]
+    names = [root.short for root in roots]
+    names = [medoid.short if names.count(name) > 1 else name for name, medoid in zip(names, medoids, strict=True)]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ZooError(f"two families would both be called '{twice[0]}'", fix="rename one of these members in zoo.yaml")
+    return tuple(Element(name, root, tuple(family)) for name, root, family in zip(names, roots, families, strict=True))
+
+
+def _ancestor(family: list[Member]) -> Member | None:
+    """The nearest ancestor shared by most members of the family, itself counted; None where there is no lineage."""
+    found: Counter[str] = Counter()
+    by_digest: dict[str, Member] = {}
+    for member in family:
+        for ancestor in (member, *member.lineage()):
+            found[ancestor.digest] += 1
+            by_digest.setdefault(ancestor.digest, ancestor)
+    digest, votes = max(found.items(), key=lambda item: item[1])
+    if votes < 2:
+        return None
+    inside = [member for member in family if member.digest == digest]
+    return inside[0] if inside else by_digest[digest]

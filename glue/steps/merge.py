@@ -1,0 +1,50 @@
+"""`step: merge`: members of one shape merged into one model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from glue.family import Choice, Of
+from glue.member import Member
+from glue.steps import Job, Made, Many, One, steps
+
+
+def compatible(members: list[Member], method: Choice, base: Member | None = None, **_: Any) -> None:
+    """Arity, base, parameters and shapes, from headers alone."""
+    from glue.merge.engine import check
+
+    check(method, _sources(members), _source(base))
+
+
+@steps.add("merge", makes="model", lone=True, check=compatible)
+def merge(job: Job, *, members: Many, method: Annotated[Any, Of("merging")], base: One | None = None,
+          dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> Made:
+    """One model out of several, by any merge method; `base` is what deltas are taken from.
+
+    dtype  of the result; that of the base, or of the first member, unless given
+    """
+    job.workers.call("glue.steps.merge:work", job.folder, members, base, method, job.seed, dtype, report=job.report)
+    names = ", ".join(member.short for member in members)
+    return Made("model", base=base or members[0], note=f"{method.method.name} of {names}")
+
+
+def work(folder, members: list[Member], base: Member | None, method: Choice, seed: int, dtype: str | None,
+         report=None) -> None:
+    """In a worker: stream the merge into the folder, then put configuration and tokenizer beside it."""
+    from glue.kinds.model import copy_frame
+    from glue.merge.engine import write
+
+    told = (lambda done, total: report(done, total, "")) if report else (lambda done, total: None)
+    write(method, _sources(members), _source(base), folder, seed=seed, out_dtype=dtype, report=told)
+    copy_frame(base or members[0], folder)
+
+
+def _sources(members: list[Member]):
+    from glue.kinds import weights
+    from glue.merge.leaf import Source
+
+    return [Source(member.name, weights(member)) for member in members]
+
+
+def _source(member: Member | None):
+    return _sources([member])[0] if member else None

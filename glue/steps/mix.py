@@ -1,0 +1,41 @@
+"""`step: mix`: models joined by a router into one mixture."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from glue.errors import MethodError
+from glue.family import Choice, Of
+from glue.member import Member
+from glue.steps import Job, Made, Many, Measured, OnDev, steps
+from glue.steps.search import items_of, splits
+
+
+def several(members: list[Member], **_: Any) -> None:
+    """A mixture needs at least two experts of one tokenizer."""
+    if len(members) < 2:
+        raise MethodError(f"a mixture needs at least two experts; this is {len(members)}",
+                          fix="name more members, or lower the threshold of the cluster step that leaves them")
+
+
+@steps.add("mix", makes="mixture", named=True, check=several, source="arXiv:2410.05357")
+def mix(job: Job, *, members: Many, router: Annotated[Any, Of("routing")], suite: OnDev,
+        level: Literal["model"] = "model") -> Made:
+    """One model that answers each question with the expert its router picks.
+
+    level  model: whole models side by side, each with its own embeddings and head; one decision for a question
+    suite  dev questions from which the router learns which expert is for what
+    """
+    results = job.workers.map("glue.steps.mix:results", [(member, suite) for member in members])
+    job.workers.call("glue.steps.mix:work", job.folder, members, router, suite, results, job.seed)
+    names = ", ".join(member.short for member in members)
+    return Made("mixture", seen=frozenset(splits(suite).values()),
+                note=f"{len(members)} experts ({names}) behind a {router.method.name} router")
+
+
+def results(member: Member, suite: Measured) -> dict[str, Any]:
+    """In a worker: per-item results of one expert by task."""
+    from glue.kinds import load
+    from glue.steps.search import score_member
+
+    return score_member(load(member), suite)

@@ -1,0 +1,121 @@
+"""`step: search`: the best merge of some of the members, chosen on a dev split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import numpy as np
+
+from glue.errors import MethodError
+from glue.family import Choice, Count, Of, is_per_member
+from glue.member import Member
+from glue.steps import Job, Made, Many, Measured, One, OnDev, steps
+from glue.steps.merge import _source, _sources, compatible
+
+SEARCH_NOTE = "search.json"  # in the folder of what a search found: its weights and every candidate it tried
+
+
+def searchable(members: list[Member], merge: Choice, base: Member | None = None, **_: Any) -> None:
+    """The merge method must take a weight for each member; all else as in `merge`."""
+    info = merge.method.parameters.get("weight")
+    if info is None or not is_per_member(info.annotation, info.metadata):
+        raise MethodError(f"merge method '{merge.method.name}' has no weight for each member, so there is nothing to "
+                          f"search", fix="search over linear, task_arithmetic, ties or dare_ties")
+    compatible(members, merge, base)
+
+
+@steps.add("search", makes="model", lone=True, check=searchable, source="arXiv:2410.05357")
+def search(job: Job, *, members: Many, strategy: Annotated[Any, Of("searching")],
+           merge: Annotated[Any, Of("merging")] = "task_arithmetic", suite: OnDev, base: One | None = None,
+           budget: Count = 200) -> Made:
+    """The best of the members and their merges, as a strategy finds it on dev items.
+
+    merge   how a candidate is made; the strategy sets its `weight` by member
+    budget  the most candidates that may be evaluated
+    """
+    from glue.search.space import Space
+
+    done = 0
+
+    def evaluate(candidates: Sequence) -> list[np.ndarray]:
+        nonlocal done
+        calls = [(candidate, members, base, merge, suite, job.seed) for candidate in candidates]
+        found = job.workers.map("glue.steps.search:score_candidate", calls)
+        done += len(calls)
+        job.report(done, budget, "candidates")
+        return [np.concatenate(list(one.values())) for one in found]
+
+    sizes = [len(items) for items in items_of(suite).values()]
+    neutral = frozenset(member.name for member in members if base is not None and member.digest == base.digest)
+    rule = "interpolate" if merge.method.traits.get("space") == "weight" else "add"
+    space = Space(tuple(member.name for member in members), evaluate, np.repeat(np.arange(len(sizes)), sizes),
+                  rule=rule, budget=budget, neutral=neutral if rule == "add" else frozenset())
+    found = strategy(space)
+    job.workers.call("glue.steps.search:write_candidate", job.folder, found.candidate, members, base, merge, job.seed)
+    told = {"merged": found.candidate.merged, "weights": found.candidate.weights, "value": found.value,
+            "evaluated": done, "log": [[str(row.candidate), row.value, row.purpose] for row in found.log]}
+    (job.folder / SEARCH_NOTE).write_text(json.dumps(told, indent=1))
+    seen = frozenset(splits(suite).values())
+    return Made("model", base=base or members[0], seen=seen, note=f"{found.candidate} of {done} candidates")
+
+
+def items_of(suite: Measured) -> dict[str, list]:
+    """Task -> its items on the suite's split."""
+    from glue.evaluate.suite import task_items
+
+    return {task.name: task_items(task, suite.data[task.data].folder, suite.split) for task in suite.suite.tasks}
+
+
+def splits(suite: Measured) -> dict[str, str]:
+    """Task -> digest of its items."""
+    from glue.evaluate.suite import split_digest
+
+    return {task.name: split_digest(suite.data[task.data].folder / f"{suite.split}.jsonl")
+            for task in suite.suite.tasks}
+
+
+def score_member(running, suite: Measured) -> dict[str, np.ndarray]:
+    """Per-item results of whatever runs, by task."""
+    from glue.evaluate.fast import prepare, score
+
+    return score(running, prepare(running.tokenizer, suite.suite.tasks, items_of(suite)))
+
+
+def score_candidate(candidate, members: list[Member], base: Member | None, merge: Choice, suite: Measured,
+                    seed: int) -> dict[str, np.ndarray]:
+    """In a worker: per-item results of one candidate by task."""
+    from glue.kinds import load
+    from glue.kinds.model import assembled
+    from glue.merge.engine import merged
+
+    if not candidate.merged:
+        return score_member(load(_by_name(members)[candidate.parts[0][0]]), suite)
+    choice, chosen = _choice(candidate, members, merge)
+    tensors = merged(choice, _sources(chosen), _source(base), seed=seed)
+    return score_member(assembled(base or members[0], tensors), suite)
+
+
+def write_candidate(folder, candidate, members: list[Member], base: Member | None, merge: Choice, seed: int) -> None:
+    """In a worker: the candidate that was found, as a model folder."""
+    from glue.family import families
+    from glue.steps.merge import work
+
+    if not candidate.merged:
+        member = _by_name(members)[candidate.parts[0][0]]
+        work(folder, [member], None, families("merging")["linear"].bind(), seed, None)
+    else:
+        choice, chosen = _choice(candidate, members, merge)
+        work(folder, chosen, base, choice, seed, None)
+
+
+def _choice(candidate, members: list[Member], merge: Choice) -> tuple[Choice, list[Member]]:
+    """The merge method with the candidate's weights, and the members that take part."""
+    chosen = [member for member in members if member.name in candidate.weights]
+    weight = [float(candidate.weights[member.name]) for member in chosen]
+    return Choice(merge.method, {**merge.params, "weight": weight}), chosen
+
+
+def _by_name(members: list[Member]) -> dict[str, Member]:
+    return {member.name: member for member in members}

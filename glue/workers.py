@@ -1,0 +1,144 @@
+"""Workers: the same calls in this process or in a pool of processes with a fixed number of threads each.
+
+A call is the dotted name of a top-level function with plain arguments, so that it can run anywhere. One thread for
+each worker makes results independent of how many workers there are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import count
+from typing import Any
+
+from glue.errors import RunError
+
+Report = Callable[[int, int, str], None]
+PRELOAD = ["torch", "transformers.models.llama.modeling_llama", "glue.checkpoint"]
+
+
+class Workers:
+    """`number` processes of `threads` threads; 0 means this process. Use as a context manager."""
+
+    def __init__(self, number: int = 0, threads: int = 1):
+        self.number, self.threads = number, threads
+        self._pool: ProcessPoolExecutor | None = None
+        self._reports: dict[int, Report] = {}
+        self._tickets = count()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def call(self, target: str, *args: Any, report: Report | None = None) -> Any:
+        """Run `package.module:function` on `args`; where it takes a `report` keyword, progress comes back."""
+        return self.map(target, [args], report=report)[0]
+
+    def map(self, target: str, calls: Sequence[tuple[Any, ...]], *, report: Report | None = None,
+            each: Callable[[int, Any], None] | None = None) -> list[Any]:
+        """Run one function on many argument lists; results in order. `each` is told (index, result) as they come."""
+        if self.number == 0:
+            import torch
+
+            torch.set_num_threads(self.threads)
+            results = []
+            for k, args in enumerate(calls):
+                results.append(_function(target)(*args, **({"report": report} if report else {})))
+                if each:
+                    each(k, results[-1])
+            return results
+        return self._spread(target, calls, report, each)
+
+    def _spread(self, target: str, calls: Sequence[tuple[Any, ...]], report: Report | None,
+                each: Callable[[int, Any], None] | None) -> list[Any]:
+        pool = self._started()
+        ticket = next(self._tickets) if report else None
+        if report and ticket is not None:
+            self._reports[ticket] = report
+        futures: list[Future] = [pool.submit(_work, target, args, ticket) for args in calls]
+        try:
+            if each:
+                from concurrent.futures import as_completed
+
+                order = {future: k for k, future in enumerate(futures)}
+                for future in as_completed(futures):
+                    each(order[future], future.result())
+            return [future.result() for future in futures]
+        except BrokenProcessPool:
+            raise RunError("a worker process died, most likely for lack of memory",
+                           fix="run again with fewer workers (--workers); what was finished is kept") from None
+        finally:
+            for future in futures:
+                future.cancel()
+            if ticket is not None:
+                self._reports.pop(ticket, None)
+
+    def _started(self) -> ProcessPoolExecutor:
+        with self._lock:
+            if self._pool is None:
+                context = multiprocessing.get_context("forkserver")
+                context.set_forkserver_preload(PRELOAD)
+                events = context.SimpleQueue()
+                threading.Thread(target=self._listen, args=(events,), daemon=True).start()
+                self._pool = ProcessPoolExecutor(self.number, mp_context=context, initializer=_begin,
+                                                 initargs=(self.threads, events))
+            return self._pool
+
+    def _listen(self, events: Any) -> None:
+        while True:
+            try:
+                ticket, done, total, note = events.get()
+            except (EOFError, OSError, TypeError):
+                return
+            if ticket is None:
+                return
+            report = self._reports.get(ticket)
+            if report:
+                report(done, total, note)
+
+    def close(self, *, now: bool = False) -> None:
+        """End the pool; `now` does not wait for what is running."""
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        if now:
+            for process in list((pool._processes or {}).values()):
+                process.kill()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_events: Any = None  # set once in each worker process, by its initializer
+
+
+def _begin(threads: int, events: Any) -> None:
+    """Set up one worker process: no keyboard signals, its threads, its way back, and an end when the parent ends."""
+    global _events
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _events = events
+    import torch
+
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _work(target: str, args: tuple[Any, ...], ticket: int | None) -> Any:
+    extra = {}
+    if ticket is not None:
+        extra["report"] = lambda done, total, note="": _events.put((ticket, done, total, note))
+    return _function(target)(*args, **extra)
+
+
+def _function(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,283 @@
+"""The zoo: members written by hand in zoo.yaml, and products, which runs append to zoo/members.yaml.
+
+The hand-written file is never rewritten. The register of products is append-only, one record a line, locked and
+synced, so that a crash or a second writer loses nothing. `name` is the newest version, `name@digest8` any.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from glue import document
+from glue.errors import GlueError, Mistakes, ZooError, did_you_mean
+from glue.files import append_line, whole_lines
+from glue.hub import locate
+from glue.member import Element, Member, Origin, canonical
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*(/[A-Za-z0-9][A-Za-z0-9._+-]*)*")
+WRITTEN = {"kind": str, "path": str, "tags": list, "base": str, "licence": str, "note": str}
+KINDS = ("model", "adapter", "mixture", "dataset", "table", "group")
+TOP = ("members", "include")
+HEADING = "# Products, appended by glue; one record a line. Do not edit: see `glue zoo remove` and `glue zoo tag`.\n"
+
+
+class Zoo:
+    """The members that zoo.yaml names and those that runs have added. Reading is lazy about weights.
+
+    file  zoo.yaml; products lie in the folder `zoo` beside it
+    """
+
+    def __init__(self, file: str | Path = "zoo.yaml"):
+        self.file = Path(file).resolve()
+        self.folder = self.file.parent / "zoo"
+        self.register = self.folder / "members.yaml"
+        self._versions: dict[str, list[Member]] = {}
+        self._written: dict[str, Member] = {}
+        self._by_origin: dict[str, Member] = {}
+        self.digests = self.folder / "digests.json"  # known identities of folders, a cache
+        self._read_written()
+        self._read_register()
+
+    # reading
+
+    def _read_written(self) -> None:
+        doc = document.read(self.file, ZooError, shown=_shown(self.file))
+        errors: list[GlueError] = []
+        top = doc.value or {}
+        entries = top.get("members") or {} if isinstance(top, dict) else None
+        if not isinstance(entries, dict):
+            raise ZooError("zoo.yaml is a mapping with the key 'members', a mapping from names", place=doc.place())
+        for key in top:
+            if key not in TOP:
+                errors.append(ZooError(f"zoo.yaml has no key '{key}'{did_you_mean(key, TOP)}", place=doc.place(key)))
+        for name, entry in entries.items():
+            if problem := _problem(name, entry):
+                errors.append(problem.at(doc.place("members", name)))
+                continue
+            path = entry["path"] if entry["path"].startswith("hub:") else str(self.file.parent / entry["path"])
+            self._written[name] = Member(name, entry.get("kind", "model"), path, frozenset(entry.get("tags", ())),
+                                         licence=entry.get("licence", ""), note=entry.get("note", ""))
+        for name, entry in entries.items():
+            base = isinstance(entry, dict) and entry.get("base")
+            if base and name in self._written:
+                if base not in self._written or base == name:
+                    errors.append(ZooError(f"'{name}' names the base '{base}', which is not in zoo.yaml"
+                                           f"{did_you_mean(base, self._written)}",
+                                           place=doc.place("members", name, "base")))
+                else:
+                    self._written[name] = replace(self._written[name], base=self._written[base])
+        if errors:
+            raise Mistakes(errors)
+        self._versions = {name: [member] for name, member in self._written.items()}
+
+    def _read_register(self) -> None:
+        for number, line in enumerate(whole_lines(self.register), start=1):
+            if not line.startswith("- "):
+                continue
+            try:
+                self._apply(json.loads(line[2:]))
+            except (ValueError, KeyError, TypeError) as problem:
+                raise ZooError(f"{_shown(self.register)}:{number}: this record is damaged ({problem})",
+                               fix="remove the line; what it registered is built again by its recipe") from None
+
+    def _apply(self, record: dict[str, Any]) -> None:
+        if "removed" in record:
+            self._forget(record["removed"])
+        elif "tagged" in record:
+            for members in self._versions.values():
+                for k, member in enumerate(members):
+                    if record["tagged"] in (member.name, member.version):
+                        tags = (member.tags | set(record["add"])) - set(record["drop"])
+                        members[k] = replace(member, tags=frozenset(tags))
+        else:
+            self._remember(self._member(record))
+
+    def _member(self, record: Mapping[str, Any]) -> Member:
+        elements = tuple(Element(item["name"], self._known(item["root"]), tuple(map(self._known, item["members"])))
+                         for item in record.get("elements", ()))
+        path = record["path"]
+        return Member(record["name"], record["kind"],
+                      path if path.startswith(("hub:", "/")) else str(self.file.parent / path),
+                      frozenset(record["tags"]), self._known(record["base"]) if record["base"] else None,
+                      Origin.from_dict(record["origin"]) if record["origin"] else None, record["fingerprint"],
+                      record["digest"], record["licence"], frozenset(record["seen"]), elements, record["note"])
+
+    def _known(self, version: str) -> Member:
+        """The member that `name@digest` meant when it was written down; a hand-written one may have changed since."""
+        name, _, digest = version.rpartition("@")
+        for member in reversed(self._versions.get(name, [])):
+            if member.digest in (digest, ""):
+                return member if member.digest else replace(member, digest=digest)
+        for members in self._versions.values():
+            for member in members:
+                if member.digest == digest:
+                    return member
+        return Member(name, "model", "/removed", digest=digest)
+
+    def _remember(self, member: Member) -> None:
+        versions = self._versions.setdefault(member.name, [])
+        versions[:] = [other for other in versions if (other.digest, _key(other)) != (member.digest, _key(member))]
+        versions.append(member)
+        if member.origin:
+            self._by_origin[member.origin.key] = member
+
+    def _forget(self, version: str) -> None:
+        for name, members in list(self._versions.items()):
+            for member in [member for member in members if version in (name, member.version)]:
+                members.remove(member)
+                if member.origin and self._by_origin.get(member.origin.key) is member:
+                    del self._by_origin[member.origin.key]
+            if not members:
+                del self._versions[name]
+
+    # finding
+
+    def __getitem__(self, name: str) -> Member:
+        bare, _, digest = name.partition("@")
+        for member in reversed(self._versions.get(bare, [])):
+            if member.digest.startswith(digest):
+                return self.identified(member) if digest else member
+        raise ZooError(f"the zoo has no member '{name}'{did_you_mean(name, self._versions)}")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._versions
+
+    def __iter__(self) -> Iterator[Member]:
+        """The newest version of each member, hand-written ones first."""
+        return (members[-1] for members in self._versions.values())
+
+    def versions(self, name: str) -> list[Member]:
+        """All versions of one name, oldest first."""
+        return list(self._versions.get(name, []))
+
+    def select(self, selector: str) -> list[Member]:
+        """`tag:x` is every newest member with the tag, in the order of the zoo; anything else is one name."""
+        if not selector.startswith("tag:"):
+            return [self[selector]]
+        return [member for member in self if selector.removeprefix("tag:") in member.tags]
+
+    def is_written(self, member: Member) -> bool:
+        """Whether the member stands in zoo.yaml."""
+        return member.name in self._written and member.origin is None
+
+    def made(self, origin: Origin) -> Member | None:
+        """The newest member with this origin, if its files are there and still what they were."""
+        member = self._by_origin.get(origin.key)
+        if member is None or not (member.path.startswith("hub:") or Path(member.path).exists()):
+            return None
+        return member if self._identity(member)[1] == member.digest else None
+
+    # identity
+
+    def identified(self, member: Member) -> Member:
+        """The member with its fingerprint and digest, computed from its files unless they are known for them."""
+        if member.digest and member.origin:
+            return member
+        fingerprint, digest = self._identity(member)
+        base = self.identified(member.base) if member.base and member.kind == "adapter" else member.base
+        return replace(member, fingerprint=fingerprint, digest=digest, base=base)
+
+    def with_base(self, member: Member) -> Member:
+        """A member whose digest covers its own files only, completed: an adapter is one only with its base."""
+        if member.kind != "adapter" or member.base is None:
+            return member
+        both = f"{member.digest}{self.identified(member.base).digest}"
+        return replace(member, digest=hashlib.sha256(both.encode()).hexdigest()[:32])
+
+    def _identity(self, member: Member) -> tuple[str, str]:
+        from glue.identity import identify
+
+        fingerprint, digest = identify(locate(member.path), self.digests)
+        return fingerprint, self.with_base(replace(member, digest=digest)).digest
+
+    # changing
+
+    def add(self, member: Member) -> Member:
+        """Append a member to the register. Raises ZooError where its name is taken by a hand-written one."""
+        if not NAME.fullmatch(member.name):
+            raise ZooError(f"'{member.name}' cannot be a name: parts of letters, digits and . _ + - between slashes")
+        if member.name in self._written:
+            raise ZooError(f"'{member.name}' is taken: it stands in {_shown(self.file)}", fix="choose another name")
+        self._append({
+            "name": member.name, "kind": member.kind, "path": self._relative(member.path), "tags": sorted(member.tags),
+            "base": _full(member.base) if member.base else None,
+            "origin": asdict(member.origin) if member.origin else None, "fingerprint": member.fingerprint,
+            "digest": member.digest, "licence": member.licence, "seen": sorted(member.seen), "note": member.note,
+            "elements": [{"name": item.name, "root": _full(item.root) if item.root else "",
+                          "members": list(map(_full, item.members))} for item in member.elements]})
+        self._remember(member)
+        return member
+
+    def remove(self, name: str) -> Member:
+        """Take a product or an added member out of the register; its files stay until `gc`."""
+        member = self[name]
+        if self.is_written(member):
+            raise ZooError(f"'{name}' stands in {_shown(self.file)}, which glue does not rewrite",
+                           fix="delete its lines there")
+        self._append({"removed": member.version if "@" in name else member.name})
+        self._forget(name)
+        return member
+
+    def tag(self, name: str, add: set[str], drop: set[str]) -> Member:
+        """Add and drop tags of a member; recorded in the register, also for hand-written ones."""
+        member = self[name]
+        for word in add | drop:
+            if not NAME.fullmatch(word) or "/" in word:
+                raise ZooError(f"'{word}' cannot be a tag: letters, digits and . _ + -")
+        record = {"tagged": member.version if "@" in name else member.name, "add": sorted(add), "drop": sorted(drop)}
+        self._append(record)
+        self._apply(record)
+        return self[name]
+
+    def _append(self, record: dict[str, Any]) -> None:
+        if not self.register.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.register, "a", encoding="utf-8") as stream:
+                if stream.tell() == 0:
+                    stream.write(HEADING)
+        append_line(self.register, "- " + canonical(record))
+
+    def _relative(self, path: str) -> str:
+        try:
+            return path if path.startswith("hub:") else str(Path(path).relative_to(self.file.parent))
+        except ValueError:
+            return path
+
+
+def _key(member: Member) -> str:
+    return member.origin.key if member.origin else ""
+
+
+def _full(member: Member) -> str:
+    return f"{member.name}@{member.digest}"
+
+
+def _shown(file: Path) -> str:
+    """The path as a person would type it here."""
+    try:
+        return str(file.relative_to(Path.cwd()))
+    except ValueError:
+        return str(file)
+
+
+def _problem(name: str, entry: Any) -> ZooError | None:
+    if not NAME.fullmatch(name):
+        return ZooError(f"'{name}' cannot be a name: parts of letters, digits and . _ + - between slashes")
+    if not isinstance(entry, dict) or "path" not in entry:
+        return ZooError(f"'{name}' needs a 'path'", fix="write  {path: folder}  or  {path: hub:owner/name@revision}")
+    for key, value in entry.items():
+        if key not in WRITTEN:
+            return ZooError(f"'{name}' has the unknown key '{key}'{did_you_mean(key, WRITTEN)}")
+        if not isinstance(value, WRITTEN[key]):
+            return ZooError(f"'{name}': '{key}' must be {'a list' if WRITTEN[key] is list else 'a word'}, not {value!r}")
+    if entry.get("kind", "model") not in KINDS:
+        return ZooError(f"'{name}' has the unknown kind '{entry['kind']}'{did_you_mean(entry['kind'], KINDS)}")
+    if entry.get("kind") == "adapter" and "base" not in entry:
+        return ZooError(f"'{name}' is an adapter and names no base", fix="add  base: the member it sits on")
+    return None
