@@ -15,9 +15,6 @@ import typer
 
 from glue.errors import GlueError
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle OpenMP threads must not spin beside worker processes
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Cluster, merge, mix and measure a zoo of language models, from YAML recipes.")
 zoo_app = typer.Typer(no_args_is_help=True, help="Look after the members of a zoo.")

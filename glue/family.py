@@ -70,7 +70,7 @@ class Method:
             raise _worded(self, error, dict(given or {})) from None
         params = {info.alias or name: getattr(model, name) for name, info in self.schema.model_fields.items()}
         for name, info in self.parameters.items():
-            for mark in info.metadata:
+            for mark in marks(info):
                 if isinstance(mark, Of) and params[name] is not None and not isinstance(params[name], Choice):
                     params[name] = families(mark.family).choose(params[name], loc=(name,))
         return Choice(self, params)
@@ -92,6 +92,9 @@ class Choice:
         params = {name: value.spelled() if isinstance(value, Choice) else value for name, value in self.params.items()}
         return {"family": self.method.family, "name": self.method.name, "version": self.method.version,
                 "params": params}
+
+    def __reduce__(self):  # a worker process finds the function by its name
+        return Choice.unspelled, (self.spelled(),)
 
     @staticmethod
     def unspelled(data: Mapping[str, Any]) -> Choice:
@@ -248,7 +251,7 @@ def _path(given: Any, loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
 
 def describe(info: Any) -> str:
     """One parameter in words: its type, its limits, its default."""
-    limits = [f"{sign} {getattr(mark, key)}" for mark in _marks(info)
+    limits = [f"{sign} {getattr(mark, key)}" for mark in marks(info)
               for key, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")) if hasattr(mark, key)]
     words = _type_words(info.annotation)
     text = words + (f" {' and '.join(dict.fromkeys(limits))}" if limits else "")
@@ -259,13 +262,13 @@ def describe(info: Any) -> str:
     return text
 
 
-def _marks(info: Any) -> list[Any]:
-    found = list(info.metadata)
-    stack = [info.annotation]
+def marks(info: Any) -> list[Any]:
+    """Everything that `Annotated` says of a parameter, at any depth: limits, `Of`, and what others mark."""
+    found, stack = list(info.metadata), [info.annotation]
     while stack:
         item = stack.pop()
-        stack += [part for part in get_args(item)]
-        found += [mark for mark in getattr(item, "metadata", ())] if hasattr(item, "metadata") else []
+        stack += get_args(item)
+        found += [item, *getattr(item, "metadata", ())]
     return found
 
 

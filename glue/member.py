@@ -87,6 +87,9 @@ class Member:
     elements: tuple[Element, ...] = ()
     note: str = ""
 
+    def __hash__(self) -> int:
+        return hash((self.name, self.digest))
+
     @property
     def short(self) -> str:
         """The name without the recipe or owner before it."""

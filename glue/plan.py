@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glue.errors import GlueError, MethodError, Mistakes, RecipeError, ZooError
-from glue.family import Choice, Method
+from glue.family import Choice, Method, marks
 from glue.find import Finder, Outcome, Pending
 from glue.member import Element, Member, Origin
 from glue.recipe import Line, Recipe
@@ -205,7 +205,7 @@ class _Planner:
         arguments: dict[str, Any] = {}
         pending: list[str] = []
         for name, info in choice.method.parameters.items():
-            takes = next((mark for mark in info.metadata if isinstance(mark, Takes)), None)
+            takes = next((mark for mark in marks(info) if isinstance(mark, Takes)), None)
             value = choice.params[name]
             if takes is None or value is None:
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from glue.family import HOMES, Family, Method, Of, families
+from glue.family import HOMES, Family, Method, Of, families, marks
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -39,7 +39,7 @@ def _line(step: Method) -> dict[str, Any]:
 def _parameters(method: Method) -> dict[str, Any]:
     shape = method.schema.model_json_schema(by_alias=True)
     for name, info in method.parameters.items():
-        for mark in info.metadata:
+        for mark in marks(info):
             if isinstance(mark, Of):
                 shape["properties"][name] = {"$ref": f"#/$defs/{mark.family}"}
     return {"type": "object", "additionalProperties": False, "properties": shape.get("properties", {}),

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +21,8 @@ from typing import Any
 from glue.errors import RunError
 
 Report = Callable[[int, int, str], None]
+QUIET = {"OMP_WAIT_POLICY": "PASSIVE",  # idle threads of one worker must not spin beside the others
+         "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 PRELOAD = ["torch", "transformers.models.llama.modeling_llama", "glue.checkpoint"]
 
 
@@ -85,6 +88,8 @@ class Workers:
     def _started(self) -> ProcessPoolExecutor:
         with self._lock:
             if self._pool is None:
+                for name, value in QUIET.items():
+                    os.environ.setdefault(name, value)
                 context = multiprocessing.get_context("forkserver")
                 context.set_forkserver_preload(PRELOAD)
                 events = context.SimpleQueue()
@@ -123,6 +128,7 @@ def _begin(threads: int, events: Any) -> None:
     """Set up one worker process: no keyboard signals, its threads, its way back, and an end when the parent ends."""
     global _events
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore", FutureWarning)
     _events = events
     import torch
 

@@ -28,6 +28,6 @@ def data(job: Job, *, skill: Annotated[Any, Of("teaching")], train: Natural = 0,
 
 def work(folder, skill: Choice, train: int, dev: int, test: int, seed: int, shuffle_answers: bool) -> None:
     """In a worker: write the files."""
-    from glue.skills.dataset import write_dataset
+    from glue.skills import write_dataset
 
     write_dataset(folder, skill, train=train, dev=dev, test=test, seed=seed, shuffle_answers=shuffle_answers)

@@ -31,7 +31,7 @@ def merge(job: Job, *, members: Many, method: Annotated[Any, Of("merging")], bas
 def work(folder, members: list[Member], base: Member | None, method: Choice, seed: int, dtype: str | None,
          report=None) -> None:
     """In a worker: stream the merge into the folder, then put configuration and tokenizer beside it."""
-    from glue.kinds.model import copy_frame
+    from glue.kinds.frame import copy_frame
     from glue.merge.engine import write
 
     told = (lambda done, total: report(done, total, "")) if report else (lambda done, total: None)

@@ -17,8 +17,10 @@ from glue.steps.merge import _source, _sources, compatible
 SEARCH_NOTE = "search.json"  # in the folder of what a search found: its weights and every candidate it tried
 
 
-def searchable(members: list[Member], merge: Choice, base: Member | None = None, **_: Any) -> None:
-    """The merge method must take a weight for each member; all else as in `merge`."""
+def searchable(members: list[Member], merge: Choice, strategy: Choice, base: Member | None = None, **_: Any) -> None:
+    """Where the strategy merges, the merge method must take a weight for each member; all else as in `merge`."""
+    if not strategy.method.traits.get("merges", True):
+        return
     info = merge.method.parameters.get("weight")
     if info is None or not is_per_member(info.annotation, info.metadata):
         raise MethodError(f"merge method '{merge.method.name}' has no weight for each member, so there is nothing to "

@@ -1,0 +1,1 @@
+"""Evaluating: suites, lm-eval, a fast scorer for search, and the statistics of a board."""

@@ -1,0 +1,236 @@
+"""A batched scorer for search: what lm-eval would report for each item, without lm-eval, several times sooner.
+
+choice    summed log-likelihood of " " + choice after the question. Choices that differ in their last token only share
+          one pass of the model, since all but the last token are the same input.
+generate  the text a model writes greedily, cut at the end of the line, compared with the answer. One pass over question
+          and answer shows what greedy writing would do for as long as it writes the answer's tokens. Where it leaves
+          them, the text so far most often cannot become the answer, which settles the item; the few that may still
+          write it otherwise (other tokens for the same text, a special token that is not shown) go on token by token.
+
+Departs from lm-eval where `generation_config` has penalties or other processors: they are not applied here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from glue.errors import SuiteError
+from glue.evaluate.routes import by_route
+from glue.evaluate.suite import Item, Task
+from glue.kinds import Running
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One pass of the model over context + tail.
+
+    lasts       of choice: tokens that may follow; each makes one choice, tail + last
+    answer      of generate: the text that is wanted; the tail is a guess of the tokens that the model will write
+    sure        of generate: how many tokens of the tail are known to be what it writes
+    max_tokens  of generate: how many it may write
+    """
+
+    context: Ids
+    tail: Ids
+    lasts: Ids = ()
+    answer: str = ""
+    sure: int = 0
+    max_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Items of some tasks as tokens: made once for a tokenizer, and asked of any number of candidates.
+
+    places  task -> item -> (row, position in its lasts) of each choice; of one row for generate
+    """
+
+    tasks: tuple[Task, ...]
+    items: Mapping[str, Sequence[Item]]
+    rows: list[_Row]
+    places: Mapping[str, list[list[tuple[int, int]]]]
+
+
+def prepare(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], items: Mapping[str, Sequence[Item]]) -> Prepared:
+    """Tokenise the items of each task, as lm-eval does: question and answer together, then cut where the question ends.
+
+    items  task name -> items, as `task_items` reads them
+    """
+    lasts: dict[tuple[Ids, Ids], list[int]] = {}  # (context, tail) of a choice row -> its last tokens
+    numbers: dict[tuple[Ids, Ids], int] = {}
+    rows: list[_Row] = []
+    places: dict[str, list[list[tuple[int, int]]]] = {}
+    for task in tasks:
+        asked = items[task.name]
+        endings = [item.choices if task.output == "choice" else (item.answer,) for item in asked]
+        contexts = _encode(tokenizer, [item.question for item in asked])
+        whole = iter(_encode(tokenizer, [f"{item.question} {ending}" for item, some in zip(asked, endings, strict=True)
+                                         for ending in some]))
+        places[task.name] = []
+        for item, context, some in zip(asked, contexts, endings, strict=True):
+            places[task.name].append([])
+            for ending in some:
+                tokens = next(whole)[len(context):]
+                if task.output == "generate":
+                    places[task.name][-1].append((len(rows), 0))
+                    rows.append(_Row(context, tokens[:task.max_tokens], answer=ending, max_tokens=task.max_tokens))
+                    continue
+                if not tokens:
+                    raise SuiteError(f"task '{task.name}': {ending!r} adds no token to {item.question!r}")
+                key = context, tokens[:-1]
+                if key not in numbers:
+                    numbers[key], lasts[key] = len(rows), []
+                    rows.append(_Row(*key))
+                places[task.name][-1].append((numbers[key], len(lasts[key])))
+                lasts[key].append(tokens[-1])
+    for key, number in numbers.items():
+        rows[number] = replace(rows[number], lasts=tuple(lasts[key]))
+    return Prepared(tuple(tasks), items, rows, places)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Ids]:
+    """Token ids with the tokenizer's own special tokens; a text that opens with the first of them gets no more."""
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    opening = str(tokenizer.decode([first]))
+    return [tuple(ids) if not text.startswith(opening) else tuple(tokenizer.encode(text, add_special_tokens=False))
+            for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True)]
+
+
+def score(running: Running, prepared: Prepared, *, batch_size: int = 64) -> dict[str, np.ndarray]:
+    """Results of one member, task -> [items] in the order of the items; the batch size changes speed only."""
+    reader = _Reader(running, batch_size)
+    contexts = [row.context for row in prepared.rows]
+    heard = by_route(running, contexts, prepared.rows, reader.judge, reader.longest)
+    results = {}
+    for task in prepared.tasks:
+        values = [[heard[row][k] for row, k in some] for some in prepared.places[task.name]]
+        if task.output == "choice":
+            values = [[_right(task, item, some)] for item, some in zip(prepared.items[task.name], values, strict=True)]
+        results[task.name] = np.array([some[0] for some in values])
+    return results
+
+
+def _right(task: Task, item: Item, likelihoods: list[float]) -> float:
+    """1 where the gold choice is the likeliest; of equals, the first counts."""
+    lengths = [len(choice) if task.metric == "acc_norm" else 1 for choice in item.choices]
+    return float(np.argmax(np.array(likelihoods) / np.array(lengths)) == item.gold)
+
+
+class _Reader:
+    """A model that is asked rows."""
+
+    def __init__(self, running: Running, batch_size: int):
+        self.model, self.tokenizer, self.batch_size = running.model.eval(), running.tokenizer, batch_size
+        self.longest = _longest(running.model, running.tokenizer)
+        self.slices = "logits_to_keep" in inspect.signature(running.model.forward).parameters
+        told = running.model.generation_config.eos_token_id if running.model.generation_config else None
+        told = running.tokenizer.eos_token_id if told is None else told
+        self.stops = set(told) if isinstance(told, list) else {told}
+
+    def judge(self, rows: list[_Row]) -> list[list[float]]:
+        """For each row the log-likelihood of each choice, or 1 or 0 for the text that the model wrote."""
+        results = self._read(rows)
+        asked = {k: row for k, row in enumerate(rows) if not row.lasts}
+        seen = [results[k] for k in asked]
+        while asked:
+            going_on = {}
+            for (k, row), greedy in zip(asked.items(), seen, strict=True):
+                sure = row.sure
+                while sure < len(row.tail) and greedy[sure] == row.tail[sure]:
+                    sure += 1
+                written = (*row.tail[:sure], int(greedy[sure]))
+                settled = self._settled(row, written)
+                if settled is None:
+                    going_on[k] = replace(row, tail=written, sure=len(written))
+                else:
+                    results[k] = [settled]
+            asked, seen = going_on, self._read(list(going_on.values()))
+        return results
+
+    def _settled(self, row: _Row, written: Ids) -> float | None:
+        """1 or 0 once it is sure whether the text will be the answer, else None."""
+        end = next((k for k, token in enumerate(written) if token in self.stops), row.max_tokens)
+        ended = len(written) > end or len(written) >= row.max_tokens
+        text = str(self.tokenizer.decode(list(written[:end + 1][:row.max_tokens]), skip_special_tokens=True))
+        for stop in ("\n", self.tokenizer.eos_token or "\n"):
+            ended, text = ended or stop in text, text.split(stop)[0]
+        if ended:
+            return float(text.strip() == row.answer)
+        # spaces are left out because decoding may still move them, U+FFFD because it stands for half a character
+        so_far = "".join(text.split()).rstrip("\ufffd")
+        return None if "".join(row.answer.split()).startswith(so_far) else 0.0
+
+    @torch.inference_mode()
+    def _read(self, rows: list[_Row]) -> list[list[float]]:
+        """For choice the log-likelihoods of tail + last; for generate the likeliest token at each place of the tail."""
+        ids = [self._seen(row) for row in rows]
+        order = sorted(range(len(rows)), key=lambda k: len(ids[k]))
+        results: list[list[float]] = [[]] * len(rows)
+        for first in range(0, len(order), self.batch_size):
+            some = order[first:first + self.batch_size]
+            for k, result in zip(some, self._read_batch([rows[k] for k in some], [ids[k] for k in some]), strict=True):
+                results[k] = result
+        return results
+
+    def _seen(self, row: _Row) -> Ids:
+        """What of context + tail the model can see: its last tokens, and room left for what it may write."""
+        if not row.lasts:
+            if row.max_tokens >= self.longest:
+                raise SuiteError(f"max_tokens: {row.max_tokens} leaves no room for a question in the {self.longest} "
+                                 "tokens that the model can read")
+            return row.context[row.max_tokens - self.longest:] + row.tail
+        if len(row.tail) >= self.longest:
+            raise SuiteError(f"a choice of {len(row.tail) + 1} tokens is more than the {self.longest} "
+                             "that the model can read")
+        return (row.context + row.tail)[-self.longest:]
+
+    def _read_batch(self, rows: list[_Row], ids: list[Ids]) -> list[list[float]]:
+        width = max(len(some) for some in ids)
+        padded = np.zeros((len(rows), width), dtype=np.int64)  # on the right, where no token that counts can see it
+        for some, line in zip(ids, padded, strict=True):
+            line[:len(some)] = some
+        counts = [len(row.tail) + 1 for row in rows]  # positions of each row whose logits are needed: its last ones
+        starts = [len(some) - n for some, n in zip(ids, counts, strict=True)]
+        low = min(starts) if self.slices else 0
+        kept: dict[str, Any] = {"logits_to_keep": self._put(range(low, width))} if self.slices else {}
+        logits = self.model(self._put(padded), use_cache=False, **kept).logits  # [b, width - low, v]
+        owner = self._put([k for k, n in enumerate(counts) for _ in range(n)])  # of each position, row after row
+        place = self._put([start - low + j for start, n in zip(starts, counts, strict=True) for j in range(n)])
+        logits = logits[owner, place]  # [positions, v]
+        greedy, logs = logits.argmax(-1).tolist(), logits.log_softmax(-1)
+
+        ends = list(accumulate(counts))  # of each row among the positions
+        tails = self._put([token for row in rows for token in (*row.tail, 0)])
+        along = logs.gather(1, tails[:, None])[:, 0].float()
+        along[self._put(ends) - 1] = 0  # the last position of a row is for lasts, not for its tail
+        sums = torch.zeros(len(rows), device=along.device).index_add_(0, owner, along)
+        row_of = self._put([k for k, row in enumerate(rows) for _ in row.lasts])
+        lasts = self._put([token for row in rows for token in row.lasts])
+        after = logs[self._put(ends)[row_of] - 1, lasts].float()
+        likelihoods = iter((sums[row_of] + after).to(logits.dtype).tolist())  # rounded as lm-eval rounds its sums
+        return [[next(likelihoods) for _ in row.lasts] if row.lasts else greedy[end - n:end]
+                for row, end, n in zip(rows, ends, counts, strict=True)]
+
+    def _put(self, numbers: Any) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(numbers, dtype=np.int64), device=self.model.device)
+
+
+def _longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the model can see, found where lm-eval finds it."""
+    config = getattr(model.config, "text_config", None) or model.config
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if getattr(config, name, None) is not None:
+            return int(getattr(config, name))
+    return tokenizer.model_max_length if tokenizer.model_max_length < 10 ** 9 else 2048

@@ -1,0 +1,63 @@
+"""Kinds: how each kind of member is loaded and run. One kind a file; the file registers it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from glue.checkpoint import Weights
+from glue.errors import ZooError
+from glue.family import Family, Method
+from glue.member import Member
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # auto: what the files hold
+
+kinds = Family("kinds", "kind of member", "glue.kinds", first="Member -> Running", traits=("weights",))
+
+
+@dataclass
+class Running:
+    """A member that is loaded and can be asked.
+
+    route   token ids of contexts -> one route each. Set by kinds that answer through one of several experts: whoever
+            scores requests groups them by the route of their context, so that all answers to one question are
+            judged by the expert that the question chose. None for all other kinds.
+    pinned  a route -> a context manager; inside it every forward of `model` takes that route for all its rows
+
+        for route, requests in grouped.items():
+            with running.pinned(route):
+                ...
+    """
+
+    member: Member
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    route: Callable[[list[list[int]]], list[Hashable]] | None = None
+    pinned: Callable[[Hashable], AbstractContextManager] | None = None
+
+
+def load(member: Member, *, device: str = "cpu", dtype: Dtype = "float32") -> Running:
+    """Load a member so that it can be asked. Raises ZooError for kinds that do not run, such as datasets."""
+    return _kind(member, "it does not run", "name a model, an adapter or a mixture").bind(
+        {"device": device, "dtype": dtype})(member)
+
+
+def weights(member: Member) -> Weights:
+    """The weights of a member as one dense model: an adapter is seen through its base. Nothing is loaded yet."""
+    lacking = "it has no weights that could be compared or merged"
+    method = _kind(member, lacking, "name models and adapters")
+    if "weights" not in method.traits:
+        raise ZooError(f"'{member.name}' is a {member.kind}; {lacking}", fix="name models and adapters")
+    return method.traits["weights"](member)
+
+
+def _kind(member: Member, lacking: str, fix: str) -> Method:
+    """What is registered for the kind of a member; datasets, tables and groups have nothing that runs."""
+    if member.kind not in {method.name for method in kinds}:
+        raise ZooError(f"'{member.name}' is a {member.kind}; {lacking}", fix=fix)
+    return kinds[member.kind]

@@ -1,0 +1,70 @@
+"""Kind "mixture": several models behind a router, in one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+
+import torch
+from torch import Tensor
+
+from glue.kinds import Dtype, Running, kinds
+from glue.kinds.frame import tokenizer_of
+from glue.kinds.model import model_of
+from glue.member import Member
+
+BATCH_TOKENS = 16_384  # padded tokens that the reader of a mixture sees at once
+
+
+@kinds.add("mixture")
+def mixture(member: Member, *, device: str = "cpu", dtype: Dtype = "float32") -> Running:
+    """A mixture with its tokenizer; one that decides by prompt also tells the route of a context and can be pinned."""
+    register()
+    loaded, tokenizer = model_of(member, device, dtype), tokenizer_of(member)
+    if not hasattr(loaded, "gate"):
+        return Running(member, loaded, tokenizer)  # decides token by token, inside: an ordinary model to everyone else
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return Running(member, loaded, tokenizer, routes_of(loaded, empty=start or 0), loaded.pinned)
+
+
+def register() -> None:
+    """Teach transformers' auto classes the mixtures of glue. Harmless when repeated."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from glue.kinds.modelling.model_mixture import GlueModelMixtureConfig, GlueModelMixtureForCausalLM
+
+    AutoConfig.register(GlueModelMixtureConfig.model_type, GlueModelMixtureConfig, exist_ok=True)
+    AutoModelForCausalLM.register(GlueModelMixtureConfig, GlueModelMixtureForCausalLM, exist_ok=True)
+
+
+def routes_of(model, empty: int) -> Callable[[list[list[int]]], list[Hashable]]:
+    """The function from contexts to routes: an expert index, or with several experts a prompt the tuple of weights.
+
+    empty  the token that stands for a context of none
+    """
+    known: dict[tuple[int, ...], Hashable] = {}
+
+    def route(contexts: list[list[int]]) -> list[Hashable]:
+        asked = [tuple(context) or (empty,) for context in contexts]
+        new = [context for context in dict.fromkeys(asked) if context not in known]
+        for places, ids, mask in left_padded(new):
+            weights = model.gate(ids.to(model.device), mask.to(model.device)).cpu()
+            for k, row in zip(places, weights, strict=True):
+                single = model.config.experts_per_prompt == 1
+                known[new[k]] = int(row.argmax()) if single else tuple(row.tolist())
+        return [known[context] for context in asked]
+
+    return route
+
+
+def left_padded(rows: list[tuple[int, ...]] | list[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Batches of rows of like length: (places of these rows, token ids [b, s], mask [b, s]), padded on the left."""
+    order = sorted(range(len(rows)), key=lambda k: -len(rows[k]))
+    while order:
+        longest = len(rows[order[0]])
+        count = max(1, BATCH_TOKENS // longest)
+        places, order = order[:count], order[count:]
+        ids, mask = torch.zeros(2, len(places), longest, dtype=torch.long)
+        for line, k in enumerate(places):
+            ids[line, longest - len(rows[k]):] = torch.tensor(rows[k])
+            mask[line, longest - len(rows[k]):] = 1
+        yield places, ids, mask

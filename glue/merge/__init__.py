@@ -1,0 +1,18 @@
+"""Merging: many checkpoints of one shape into one. A merge method is a function of one Leaf; see `methods/`.
+
+The traits that a merge method may declare:
+
+    space       "weight": weights in, weights out;  "delta": differences to the base in, one difference out
+    glance      what to learn of the whole tensor before its pieces are merged; the method finds it in `leaf.seen`
+    whole       True: the method needs a tensor in one piece and with its shape
+    members     (fewest, most) members; None for no limit
+    symmetric   True: the order of the members means nothing
+    idempotent  settings under which copies of X, with weights that sum to 1, give X
+    unbiased    settings under which the mean over seeds, of copies of X, is X
+    why_not     for a method that is none of the last three: the reason
+"""
+
+from glue.family import Family
+
+merging = Family("merging", "merge method", "glue.merge.methods", first="Leaf -> Tensor",
+                 traits=("space", "glance", "whole", "members", "symmetric", "idempotent", "unbiased", "why_not"))

@@ -1,0 +1,1 @@
+"""Tuning: pretraining, full fine-tuning and LoRA with one plain training loop."""

@@ -1,0 +1,44 @@
+"""Tiny models made on the spot: two-layer Llamas with random weights and a tokenizer of 37 words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from glue.member import Member
+
+WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{k}": k for k in range(3, 40)}}
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Callable[..., Member]:
+    """tiny("name", seed=1, hidden_size=24, ...) writes a model folder and returns its member."""
+    def make(name: str, *, seed: int = 0, words: dict[str, int] = WORDS, dtype: torch.dtype = torch.float32,
+             spread: float = 0.3, **shape) -> Member:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(**{"vocab_size": len(words), "hidden_size": 32, "intermediate_size": 48,
+                                "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                                "max_position_embeddings": 64, "initializer_range": spread, **shape})
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(config).to(dtype)
+        folder = tmp_path / name
+        model.save_pretrained(folder)
+        word_tokenizer(words).save_pretrained(folder)
+        return Member(name, "model", str(folder))
+
+    return make
+
+
+def word_tokenizer(words: dict[str, int]):
+    """One token a word, <s> in front, nothing to pad with."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")

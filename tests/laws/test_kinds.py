@@ -1,0 +1,63 @@
+"""The law of kinds: what a member says of a text is the sum over its tokens of what its parts say of each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from glue.family import families
+from glue.kinds import kinds, load
+from glue.member import Member
+from glue.mix.build import build
+from glue.mix.site import survey
+
+TEXTS = [[1, 5, 9, 7, 3, 8], [1, 30, 21], [1, 17, 4, 4, 25, 6, 11, 12]]
+
+
+def a_model(tiny, tmp_path) -> tuple[Member, list[Member]]:
+    member = tiny("model", seed=3)
+    return member, [member] * 3
+
+
+def an_adapter(tiny, tmp_path) -> tuple[Member, list[Member]]:
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny("base", seed=4)
+    adapted = get_peft_model(load(base).model, LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = tmp_path / "merged"
+    adapted.merge_and_unload().save_pretrained(merged)
+    load(base).tokenizer.save_pretrained(merged)
+    return Member("adapter", "adapter", str(tmp_path / "adapter"), base=base), [Member("m", "model", str(merged))] * 3
+
+
+def a_mixture(tiny, tmp_path) -> tuple[Member, list[Member]]:
+    experts = [tiny("one", seed=5), tiny("two", seed=6, hidden_size=24)]
+    site = survey(experts, ["w5", "w30", "w17"], torch.tensor([[1., 0], [0, 1], [1, 0]]), torch.tensor([0, 1, 0]))
+    build(tmp_path / "mixture", experts, families("routing").choose("linear"), site)
+    member = Member("mixture", "mixture", str(tmp_path / "mixture"))
+    return member, [experts[route] for route in load(member).route(TEXTS)]
+
+
+MADE = {"model": a_model, "adapter": an_adapter, "mixture": a_mixture}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [method.name for method in kinds])
+def test_log_likelihoods_sum_to_the_logits_of_the_parts(kind, tiny, tmp_path):
+    member, parts = MADE[kind](tiny, tmp_path)
+    running = load(member)
+    loss = torch.nn.functional.cross_entropy
+    for text, part in zip(TEXTS, parts, strict=True):
+        ids = torch.tensor([text])
+        whole = -float(loss(running.model(ids).logits[0, :-1], ids[0, 1:], reduction="sum"))
+        logits = load(part).model(ids).logits.double()[0]
+        steps = [float(logits[k, token] - logits[k].logsumexp(0)) for k, token in enumerate(text[1:])]
+        assert abs(whole - sum(steps)) <= 1e-4
+        by_hand = torch.cat([running.model(ids[:, :k + 1], **_route(running, text)).logits[0, -1:]
+                             for k in range(len(text) - 1)]).log_softmax(-1)
+        assert abs(float(by_hand.gather(1, ids[0, 1:, None]).sum()) - whole) <= 1e-4
+
+
+def _route(running, text: list[int]) -> dict:
+    return {"routes": torch.tensor(running.route([text]))} if running.route else {}
