@@ -18,9 +18,14 @@ SEARCH_NOTE = "search.json"
 
 @dataclass(frozen=True)
 class Row:
-    """One member on a board. `tasks` are shares of 1 by task, `mean` their unweighted mean with its interval."""
+    """One member on a board.
+
+    tasks   shares of 1 by task          mean  their unweighted mean with its interval
+    others  further names of the same member: what a search found may be a member as it is
+    """
 
     member: str
+    others: tuple[str, ...]
     kind: str
     mean: Interval
     tasks: dict[str, float]
@@ -57,58 +62,71 @@ def leaderboard(plan: Plan) -> Leaderboard:
     if asked is None:
         raise RecipeError(f"{plan.recipe.file} shows no board", fix="add  board: {table: NAME of an evaluate line}")
     table = plan[asked.table]
-    rows = rows_of(Table.read(table), plan.recipe.name, {member.name: member.kind for member in plan.zoo})
-    by_name = {row.member: row for row in rows}
+    rows = rows_of(Table.read(table), plan)
+    by_name = {name: row for row in rows for name in (row.member, *row.others)}
     claims = tuple(_claim(plan, claim, by_name) for claim in asked.claims)
     first = next((claim for claim in asked.claims if claim.get("better") == asked.headline), None)
     headline = ""
     if first is not None:
         better, than = _row(plan, first["better"], by_name), _row(plan, first["than"], by_name)
         gap = difference(better.results, than.results)
-        headline = (f"{better.member} beats {than.member} by {_points(gap)} points "
-                    f"({better.mean.value:.1%} against {than.mean.value:.1%}, {_items(better)} test items)")
-        if gap.low <= 0:
-            headline = f"{better.member} does not clearly beat {than.member}: {_points(gap)} points"
+        names = f"{first['better']} {'beats' if gap.low > 0 else 'does not clearly beat'} {first['than']}"
+        if first["than"] != than.member:
+            names += f" ({than.member})"
+        headline = (f"{names} by {_points(gap)} points: {better.mean.value:.1%} against {than.mean.value:.1%} "
+                    f"on {_items(better)} items")
     title = f"{plan.recipe.name}: {table.note}"
     return Leaderboard(title, _items(rows[0]), rows, claims, headline)
 
 
-def rows_of(table: Table, recipe: str, kinds: dict[str, str]) -> tuple[Row, ...]:
-    """Scores as rows, best first; names lose the recipe they come from."""
-    by_member: dict[str, list[Score]] = {}
+def rows_of(table: Table, plan: Plan) -> tuple[Row, ...]:
+    """Scores as rows, best first; the same member under several names is one row."""
+    by_digest: dict[str, dict[str, list[Score]]] = {}
     for score in table.rows:
-        by_member.setdefault(score.member, []).append(score)
+        by_digest.setdefault(score.digest, {}).setdefault(score.member, []).append(score)
+    kinds = {member.name: member.kind for member in plan.zoo}
     rows = []
-    for name, scores in by_member.items():
+    for by_name in by_digest.values():
+        # its own name is the one from outside this recipe, where it has one
+        names = sorted(by_name, key=lambda name: name.startswith(f"{plan.recipe.name}/"))
+        scores = by_name[names[0]]
         results = {score.task: np.asarray(score.results) for score in scores}
-        rows.append(Row(_shown(name, recipe), kinds.get(name, ""), average(results),
-                        {score.task: score.value for score in scores}, any(s.seen_by_search for s in scores), results))
+        seen = any(score.seen_by_search for some in by_name.values() for score in some)
+        shown = [_shown(name, plan) for name in names]
+        rows.append(Row(shown[0], tuple(shown[1:]), kinds.get(names[0], ""), average(results),
+                        {score.task: score.value for score in scores}, seen, results))
     return tuple(sorted(rows, key=lambda row: (-row.mean.value, row.member)))
 
 
 def _claim(plan: Plan, claim: dict[str, str], rows: dict[str, Row]) -> Claim:
     if "refused" in claim:
         refused, by = plan[claim["refused"]], plan[claim["by"]]
-        weights = json.loads((by.folder / SEARCH_NOTE).read_text())
-        taken = refused.name in weights["weights"]
+        log = by.folder / SEARCH_NOTE
+        taken = refused.name in json.loads(log.read_text())["weights"] if log.exists() else refused.digest == by.digest
         verb = "took in" if taken else "refused"
-        return Claim(f"{_shown(by.name, plan.recipe.name)} {verb} {refused.short}", not taken)
+        return Claim(f"{_shown(by.name, plan)} {verb} {_shown(refused.name, plan)}", not taken)
     better, than = _row(plan, claim["better"], rows), _row(plan, claim["than"], rows)
     gap = difference(better.results, than.results)
-    return Claim(f"{better.member} - {than.member}: {_points(gap)}", gap.low > 0)
+    return Claim(f"{claim['better']} - {claim['than']}: {_points(gap)}", gap.low > 0)
 
 
 def _row(plan: Plan, word: str, rows: dict[str, Row]) -> Row:
     member: Member = plan[word]
-    shown = _shown(member.name, plan.recipe.name)
+    shown = _shown(member.name, plan)
     if shown not in rows:
-        raise RecipeError(f"the board has no row '{shown}'", place=plan.recipe.board and plan.recipe.board.place,
-                          fix=f"add {word} to the members of the line '{plan.recipe.board and plan.recipe.board.table}'")
+        asked = plan.recipe.board
+        assert asked is not None
+        raise RecipeError(f"the board has no row '{shown}'", place=asked.place,
+                          fix=f"add {word} to the members of the line '{asked.table}'")
     return rows[shown]
 
 
-def _shown(name: str, recipe: str) -> str:
-    return name.removeprefix(f"{recipe}/")
+def _shown(name: str, plan: Plan) -> str:
+    """A name without the recipe it comes from, as the lines of this recipe write it."""
+    recipe, _, short = name.partition("/")
+    recipes = {line.recipe for line in plan.recipe.lines}
+    taken = [line for line in plan.recipe.lines if line.name == short and line.recipe != recipe]
+    return short if recipe in recipes and not taken else name
 
 
 def _points(gap: Interval) -> str:
@@ -129,7 +147,8 @@ def markdown(board: Leaderboard) -> Iterator[str]:
     for row in board.rows:
         seen = " (searched on these items)" if row.seen else ""
         mean = f"**{row.mean.value * 100:.1f}** [{row.mean.low * 100:.1f}, {row.mean.high * 100:.1f}]"
-        yield f"| {row.member}{seen} | {row.kind} | {mean} | " + \
+        others = f" = {' = '.join(row.others)}" if row.others else ""
+        yield f"| {row.member}{others}{seen} | {row.kind} | {mean} | " + \
             " | ".join(f"{row.tasks[task] * 100:.0f}" for task in tasks) + " |"
     if board.claims:
         yield ""

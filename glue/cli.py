@@ -30,29 +30,32 @@ HERE = Path("zoo.yaml")
 
 def main() -> None:
     """Entry point: GlueErrors are printed without a traceback and exit with 2, Ctrl-C with 130."""
+    from glue.workers import quieten
+
+    quieten()
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except GlueError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was finished is kept, run the same command again to go on", file=sys.stderr)
-        sys.stdout.flush()
-        os._exit(130)  # worker processes are gone; threads that wait for them must not hold us
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
     except Exception as error:
         if not hasattr(error, "show"):  # click's errors of usage know how to show themselves
             raise
         error.show()  # type: ignore[attr-defined]
         sys.exit(2)
+    if code == 130:
+        print("\ninterrupted; what was finished is kept, run the same command again to go on", file=sys.stderr)
+    sys.stdout.flush()
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 @app.command()
 def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
         workers: Annotated[int | None, typer.Option(help="Processes beside each other; default: one a core.")] = None,
         threads: Annotated[int, typer.Option(help="Threads of each process; more than one may change last bits.")] = 1,
-        full: Annotated[bool, typer.Option(help="Run with every seed of the recipe's `full`, write the boards.")] = False,
+        full: Annotated[bool, typer.Option(help="Run with each seed of the recipe's `full`; write boards.")] = False,
         quiet: Quiet = False) -> None:
     """Make everything a recipe asks for; what exists already is not made again."""
     from glue.recipe import read_recipe
@@ -107,13 +110,13 @@ def evaluate(members: Annotated[list[str], typer.Argument(help="Names, or tag:x.
              suite: Annotated[str, typer.Option(help="A suite and split, such as tiny:test.")],
              zoo: ZooFile = HERE, workers: int | None = None, quiet: Quiet = False) -> None:
     """Measure members on a suite with lm-eval, and show the table. The same as a recipe with one evaluate line."""
-    from glue.show import print_rows, progress
-    from glue.once import measured
+    from glue.once import step
+    from glue.show import print_table, progress
     from glue.workers import Workers
 
     with Workers(_cores() if workers is None else workers) as pool, progress(quiet) as watcher:
-        member, table = measured(_zoo(zoo), members, suite, pool, watcher)
-    print_rows(member, table)
+        done = step(_zoo(zoo), "scores", "evaluate", {"members": members, "suite": suite}, pool, watcher)
+    print_table(done, done["scores"])
 
 
 @app.command()
@@ -145,7 +148,7 @@ def schema() -> None:
 
 
 @app.command()
-def init(folder: Annotated[Path, typer.Argument(help="Where the new zoo shall be.")] = Path(".")) -> None:
+def init(folder: Annotated[Path, typer.Argument(help="Where the new zoo shall be.")] = Path()) -> None:
     """Start a zoo: a zoo.yaml, a suite folder and a first recipe. Overwrites nothing."""
     from glue.care import start
 
@@ -231,3 +234,7 @@ def _zoo(file: Path) -> Any:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    main()

@@ -40,8 +40,8 @@ class GlueError(Exception):
         fix = f"\n  {self.fix}" if self.fix else ""
         return f"{where}{self.what}{fix}"
 
-    def __reduce__(self):  # keyword-only arguments survive the trip from a worker process
-        return _rebuild, (type(self), self.what, self.fix, self.place)
+    def __reduce__(self):  # everything an error carries survives the trip from a worker process
+        return _rebuild, (type(self), self.what), self.__dict__
 
     def at(self, place: Place | None) -> GlueError:
         """The same error with a place, unless it has one already."""
@@ -62,7 +62,9 @@ class CheckpointError(GlueError):
 
 
 class MethodError(GlueError):
-    """A registered method and its parameters."""
+    """A registered method and its parameters. `loc` is the path of keys to the word that is wrong."""
+
+    loc: tuple[str | int, ...] = ()
 
 
 class SuiteError(GlueError):
@@ -80,9 +82,6 @@ class MissingExtra(GlueError):
         super().__init__(f"this needs the package '{package}', which is not installed",
                          fix=f"pip install 'glue[{extra}]'")
 
-    def __reduce__(self):
-        return _rebuild, (GlueError, self.what, self.fix, self.place)
-
 
 class Mistakes(GlueError):
     """Everything that is wrong with one file, worded one after the other."""
@@ -91,20 +90,26 @@ class Mistakes(GlueError):
         super().__init__("\n".join(str(error) for error in errors))
         self.errors = errors
 
-    def __reduce__(self):
-        return Mistakes, (self.errors,)
+    def at(self, place: Place | None) -> Mistakes:
+        """The same mistakes, each with a place."""
+        return Mistakes([error.at(place) for error in self.errors])
 
 
-def _rebuild(kind: type[GlueError], what: str, fix: str, place: Place | None) -> GlueError:
-    error = GlueError.__new__(kind)
-    GlueError.__init__(error, what, fix=fix, place=place)
-    return error
+def _rebuild(kind: type[GlueError], what: str) -> GlueError:
+    return kind.__new__(kind, what)
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """Text that came from a file, made fit for an error: no line breaks or terminal codes, and not without end."""
+    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:limit + 1])
+    return plain if len(plain) <= limit else plain[:limit - 3] + "..."
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown word: the nearest known one, or all of them where they are few."""
     words = sorted(set(known))
-    near = get_close_matches(str(word), words, n=1, cutoff=0.6)
+    ends = [full for full in words if full.rsplit("/", 1)[-1] == word]
+    near = ends[:1] if len(ends) == 1 else get_close_matches(str(word), words, n=1, cutoff=0.6)
     if near:
         return f"; did you mean '{near[0]}'?"
     if not words:

@@ -13,17 +13,25 @@ import importlib.metadata
 import inspect
 import json
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from keyword import iskeyword
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from glue.errors import MethodError, did_you_mean
+from glue.errors import MethodError, did_you_mean, one_line
 
 T = TypeVar("T")
 PER_MEMBER = "one value for all members, a list in their order, or a mapping from their names"
-PerMember = Annotated[Union[T, list[T], dict[str, T]], PER_MEMBER]  # noqa: UP007 - subscripted with T below
+if TYPE_CHECKING:  # what arrives is settled by the verb: a merge method is given a tensor [n, 1, ..., 1]
+    from typing_extensions import TypeAliasType
+
+    PerMember = TypeAliasType("PerMember", Any, type_params=(T,))
+else:
+    PerMember = Annotated[Union[T, list[T], dict[str, T]], PER_MEMBER]  # noqa: UP007 - subscripted with T below
 Share = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -32,6 +40,7 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 
 _FAMILIES: dict[str, Family] = {}
+_LOADING = threading.RLock()  # a family that another thread is loading is waited for, not seen in part
 
 
 @dataclass(frozen=True)
@@ -128,8 +137,8 @@ class Family:
             unknown = set(traits) - set(self.traits)
             assert not unknown, f"{self.noun} '{name}' declares unknown traits {unknown}; known: {self.traits}"
             taken = self._methods.get(name)
-            assert taken is None or taken.call.__module__ == call.__module__, \
-                f"{self.noun} '{name}' is registered by {taken and taken.call.__module__} and by {call.__module__}"
+            assert taken is None or _where(taken.call) == _where(call), \
+                f"{self.noun} '{name}' is registered by {taken and _where(taken.call)} and by {_where(call)}"
             doc = inspect.cleandoc(call.__doc__ or "")
             assert doc, f"{self.noun} '{name}' has no docstring"
             self._methods[name] = Method(self.key, name, call, source, version, dict(traits), doc, _schema(name, call))
@@ -138,14 +147,20 @@ class Family:
 
     def load(self) -> Family:
         """Import every module of the folder, then the entry points; a module that fails is an error, not a gap."""
-        if not self._loaded:
-            package = importlib.import_module(self.folder)
-            for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
-                if not module.startswith("_"):
-                    importlib.import_module(f"{self.folder}.{module}")
-            self._loaded = True
-            for point in sorted(importlib.metadata.entry_points(group="glue.methods"), key=lambda point: point.name):
-                point.load()
+        with _LOADING:
+            if self._loaded:
+                return self
+            self._loaded = True  # before the imports, since a module may look its own family up
+            try:
+                package = importlib.import_module(self.folder)
+                for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
+                    if not module.startswith("_"):
+                        importlib.import_module(f"{self.folder}.{module}")
+                for point in sorted(importlib.metadata.entry_points(group="glue.methods"), key=lambda one: one.name):
+                    _plugged_in(point)
+            except BaseException:
+                self._loaded = False
+                raise
         return self
 
     def __iter__(self) -> Iterator[Method]:
@@ -189,16 +204,28 @@ HOMES = {"merging": "glue.merge", "routing": "glue.mix", "searching": "glue.sear
          "kinds": "glue.kinds", "steps": "glue.steps"}
 
 
+def _plugged_in(point: importlib.metadata.EntryPoint) -> None:
+    try:
+        point.load()
+    except Exception as problem:
+        raise MethodError(f"the module '{point.value}', which adds methods of another package, cannot be loaded "
+                          f"({type(problem).__name__}: {problem})",
+                          fix=f"repair or uninstall the package {point.dist.name if point.dist else point.name}",
+                          ) from problem
+
+
+def _where(call: Callable) -> str:
+    return f"{call.__module__}.{call.__qualname__}"
+
+
 def _at(error: MethodError, loc: tuple[str | int, ...]) -> MethodError:
-    error.loc = (*loc, *getattr(error, "loc", ()))  # type: ignore[attr-defined]
+    error.loc = (*loc, *error.loc)
     return error
 
 
 def _python_name(name: str) -> str:
-    return f"{name}_" if name in _RESERVED else name
-
-
-_RESERVED = {"lambda", "from"}
+    """A parameter that recipes call `lambda` is `lambda_` in Python."""
+    return f"{name}_" if iskeyword(name) else name
 
 
 def _schema(name: str, call: Callable) -> type[BaseModel]:
@@ -207,56 +234,61 @@ def _schema(name: str, call: Callable) -> type[BaseModel]:
     for parameter in inspect.signature(call).parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY:
             default = ... if parameter.default is parameter.empty else parameter.default
-            alias = parameter.name.rstrip("_") if parameter.name.rstrip("_") in _RESERVED else None
+            alias = parameter.name[:-1] if iskeyword(parameter.name[:-1]) else None
             fields[parameter.name] = (hints[parameter.name], Field(default, alias=alias, validate_default=False))
-    config = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+    config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True,
+                        protected_namespaces=())
     return create_model(name, __config__=config, **fields)
 
 
 def is_per_member(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> bool:
     """Whether a parameter takes a value for each member."""
-    if PER_MEMBER in metadata:
-        return True
-    return get_origin(annotation) is Annotated and PER_MEMBER in get_args(annotation)
+    return PER_MEMBER in metadata or any(PER_MEMBER in get_args(part) for part in (annotation, *get_args(annotation)))
 
 
 def _worded(method: Method, error: ValidationError, given: dict[str, Any]) -> MethodError:
-    """The first thing pydantic found, in our words."""
-    found = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    """The most telling thing that pydantic found, in our words: an unknown word first, then what lies deepest."""
+    paths = [(_path(given, item["loc"]), item) for item in error.errors()]
+    loc, found = min(paths, key=lambda pair: (pair[1]["type"] != "extra_forbidden", -len(pair[0])))
     noun = families(method.family).noun
-    loc = _path(given, found["loc"])
-    word = str(loc[0]) if loc else ""
-    if found["type"] == "extra_forbidden" and len(loc) == 1:
-        return _at(MethodError(f"{noun} '{method.name}' has no parameter '{word}'"
-                               f"{did_you_mean(word, method.parameters)}"), loc)
-    if found["type"] == "missing" and len(loc) == 1:
+    if found["type"] == "missing" and not loc:
+        word = str(found["loc"][0])
         return MethodError(f"{noun} '{method.name}' needs the parameter '{word}'",
                            fix=f"add  {word}: ...  ({describe(method.parameters[word])})")
-    about = describe(method.parameters[word]) if word in method.parameters else ""
-    value = found.get("input")
-    return _at(MethodError(f"{noun} '{method.name}': '{word}' cannot be {_short(value)}: "
-                           f"{found['msg'][:1].lower()}{found['msg'][1:]}", fix=f"it is {about}" if about else ""), loc)
+    word = str(loc[0])
+    if word not in method.parameters:
+        return _at(MethodError(f"{noun} '{method.name}' has no parameter '{one_line(word)}'"
+                               f"{did_you_mean(word, method.parameters)}"), loc)
+    info = method.parameters[word]
+    others = [item for path, item in paths if path == loc]
+    value = found["input"]
+    why = "" if len(others) > 1 else f": {found['msg'][:1].lower()}{found['msg'][1:]}"  # each branch of a union fails
+    near = did_you_mean(value, _literals(info)) if isinstance(value, str) else ""
+    return _at(MethodError(f"{noun} '{method.name}': '{_spelled(loc)}' cannot be {_short(value)}"
+                           f"{near if 'mean' in near else why}", fix=f"it is {describe(info)}"), loc)
 
 
 def _path(given: Any, loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """The part of pydantic's path that names keys of what was written; it also names the branches of unions."""
     path: list[int | str] = []
     for part in loc:
-        inside = part in given if isinstance(given, Mapping) else isinstance(given, list) and isinstance(part, int)
+        inside = part in given if isinstance(given, Mapping) else \
+            isinstance(given, list) and isinstance(part, int) and part < len(given)
         if inside:
             given = given[part]
             path.append(part)
     return tuple(path)
 
 
+def _spelled(loc: tuple[int | str, ...]) -> str:
+    """`weight`, `weight.left`, `values[2]`"""
+    more = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc[1:])
+    return one_line(f"{loc[0]}{more}", 80)
+
+
 def describe(info: Any) -> str:
     """One parameter in words: its type, its limits, its default."""
-    limits = [f"{sign} {getattr(mark, key)}" for mark in marks(info)
-              for key, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")) if hasattr(mark, key)]
-    words = _type_words(info.annotation)
-    text = words + (f" {' and '.join(dict.fromkeys(limits))}" if limits else "")
-    if PER_MEMBER in info.metadata:
-        text += " (one for all, or by member)"
+    text = _type_words(info.annotation, info.metadata)
     if not info.is_required() and info.default is not None:
         text += f", default {json.dumps(info.default) if not isinstance(info.default, str) else info.default}"
     return text
@@ -272,22 +304,48 @@ def marks(info: Any) -> list[Any]:
     return found
 
 
-def _type_words(annotation: Any) -> str:
-    known = {float: "a number", int: "a whole number", str: "a word", bool: "true or false"}
-    if annotation in known:
-        return known[annotation]
-    if get_origin(annotation) is Annotated:
-        return _type_words(get_args(annotation)[0])
-    if str(get_origin(annotation)) == "typing.Literal":
-        return "one of " + ", ".join(map(str, get_args(annotation)))
-    parts = [_type_words(part) for part in get_args(annotation) if part is not type(None)]
-    if get_origin(annotation) is list:
-        return f"a list ({parts[0]} each)"
-    if get_origin(annotation) is dict:
-        return f"a mapping (to {parts[1]} each)"
-    return parts[0] if parts else "a value"
+_WORDS = {float: "a number", int: "a whole number", str: "a word", bool: "true or false"}
+
+
+def _type_words(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+    """A type in words, every branch of a union and the limits of each."""
+    parts, metadata = get_args(annotation), list(metadata)
+    if PER_MEMBER in metadata:
+        return f"{_type_words(parts[0])} (one for all, or by member)"
+    if choice := next((mark for mark in metadata if isinstance(mark, Of)), None):
+        return f"a {families(choice.family).noun}"
+    if annotation in _WORDS:
+        words = _WORDS[annotation]
+    elif get_origin(annotation) is Annotated:
+        words = _type_words(parts[0], parts[1:])
+    elif get_origin(annotation) is Literal:
+        words = "one of " + ", ".join(map(str, parts))
+    elif get_origin(annotation) in (Union, UnionType):
+        words = ", or ".join(_type_words(part) for part in parts if part is not type(None))
+    elif get_origin(annotation) is list:
+        words = f"a list ({_type_words(parts[0])} each)"
+    elif get_origin(annotation) is dict:
+        words = f"a mapping (to {_type_words(parts[1])} each)"
+    else:
+        words = "a value"
+    limits = " and ".join(dict.fromkeys(_limits(metadata)))
+    return words + (f" {limits}" if limits else "")
+
+
+def _limits(metadata: Iterable[Any]) -> Iterator[str]:
+    for mark in metadata:
+        for key, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="), ("min_length", "of at least"),
+                          ("max_length", "of at most")):
+            if hasattr(mark, key):
+                yield f"{sign} {getattr(mark, key)}"
+        yield from _limits(getattr(mark, "metadata", ()))
+
+
+def _literals(info: Any) -> list[str]:
+    return [word for mark in marks(info) if get_origin(mark) is Literal for word in get_args(mark)
+            if isinstance(word, str)]
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=str) if not isinstance(value, str) else f"'{value}'"
-    return text if len(text) <= 60 else text[:57] + "..."
+    text = json.dumps(value, default=str, ensure_ascii=False) if not isinstance(value, str) else f"'{value}'"
+    return one_line(text, 60)

@@ -46,8 +46,7 @@ class Finder:
             if takes.how == "suite":
                 return self._suite(takes, value, line)
             if takes.how == "one":
-                found = self.one(value, line.recipe, element, line)
-                return self._checked(found, takes, value, line)
+                return self._checked(self.one(value, line.recipe, element, line), takes, value, line)
             if takes.how == "shares":
                 pairs = {word: self._checked(self.one(word, line.recipe, element, line), takes, word, line)
                          for word in value}
@@ -185,11 +184,12 @@ class Finder:
             raise RecipeError(f"step '{line.step}' chooses by what it measures, so it may not look at '{value}'",
                               fix=f"write {name}:{takes.kinds[0]}; the test split is for reporting")
         suite = read_suite(self._suite_file(name, line))
-        data = {task.data: self._checked(self.one(task.data, line.recipe), Takes("one", ("dataset",)), task.data, line)
-                for task in suite.tasks}
-        late = [found for found in data.values() if isinstance(found, Pending)]
+        found = {task.data: self._checked(self.one(task.data, line.recipe), Takes("one", ("dataset",)), task.data, line)
+                 for task in suite.tasks}
+        late = [one for one in found.values() if isinstance(one, Pending)]
         if late:
             return _joined(late)
+        data = {word: one for word, one in found.items() if isinstance(one, Member)}
         for word, member in data.items():
             if not (member.folder / f"{split}.jsonl").is_file():
                 raise RecipeError(f"dataset '{word}' has no split '{split}'", fix=f"make it with  {split}: 200")

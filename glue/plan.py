@@ -102,7 +102,8 @@ def _gathered(errors: list[GlueError]) -> list[GlueError]:
         (missing if "is not on this machine" in error.what else told).setdefault(f"{error.place}{error.what}", error)
     if missing:
         fixes = list(dict.fromkeys(error.fix.removeprefix("get it with  ") for error in missing.values()))
-        told["missing"] = ZooError(f"{len(fixes)} members are not on this machine", place=next(iter(missing.values())).place,
+        told["missing"] = ZooError(f"{len(fixes)} members are not on this machine",
+                                   place=next(iter(missing.values())).place,
                                    fix="get them with\n    " + "\n    ".join(fixes))
     return list(told.values())
 
@@ -170,7 +171,7 @@ class _Planner:
         if pending:
             return Task(name, line, line.step, makes, "waiting", tuple(dict.fromkeys(pending)), choice)
         if "check" in method.traits:
-            method.traits["check"](**{key: value for key, value in {**choice.params, **arguments}.items()})
+            method.traits["check"](**{**choice.params, **arguments})
         origin = _origin(method, choice, arguments, line.seed)
         inputs = tuple(_members(arguments))
         task = Task(name, line, line.step, makes, "ready", (), choice, arguments, origin, None, inputs)

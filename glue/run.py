@@ -11,7 +11,6 @@ import platform
 import shutil
 import time
 import traceback
-from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -142,12 +141,16 @@ class _Run:
         draft.mkdir(parents=True)
         made = self._made(task, draft)
         origin = replace(task.origin, made_with=_made_with(self.workers))
-        fingerprint, digest = identify(draft)
-        remember(final, self.zoo.digests, fingerprint, digest, files=draft)
         seen = frozenset().union(made.seen, *(member.seen for member in task.inputs))
-        member = Member(task.name, made.kind, str(final), frozenset(task.line.tags), made.base, origin, fingerprint,
-                        digest, _licence(task.inputs), seen, made.elements, made.note)
-        member = self.zoo.with_base(member)
+        if made.same is not None:
+            member = replace(made.same, name=task.name, tags=frozenset(task.line.tags), origin=origin, seen=seen,
+                             note=made.note)
+        else:
+            fingerprint, digest = identify(draft)
+            remember(final, self.zoo.digests, fingerprint, digest, files=draft)
+            member = self.zoo.with_base(Member(
+                task.name, made.kind, str(final), frozenset(task.line.tags), made.base, origin, fingerprint, digest,
+                _licence(task.inputs), seen, made.elements, made.note))
         write_aside(draft / FOLDER_NOTE, canonical(_told(member)))
         publish(draft, final)
         return member

@@ -1,4 +1,4 @@
-"""What people see in a terminal: progress of a run, plans, boards, members, methods. Uses rich, and nothing else does."""
+"""What people see in a terminal: progress, plans, boards, members, methods. Nothing else uses rich."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def progress(quiet: bool) -> Iterator[Watcher]:
     if quiet:
         yield Watcher()
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[note]}"),
-               TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24),
+               TextColumn("{task.fields[note]}"), TimeElapsedColumn())
     stream = Console(stderr=True, highlight=False)
     with Progress(*columns, console=stream, transient=True) as bars:
         yield _Live(bars)
@@ -84,7 +84,8 @@ def print_plan(plan: Plan, as_json: bool) -> None:
         grid.add_row(f"[{colour}]{row['state']}[/]", row["step"], escape(row["name"] + why), reads, row["folder"] or "")
     console().print(grid)
     done = sum(task.state in ("done", "alias") for task in plan)
-    print(f"{done} of {len(rows)} tasks are done" + ("" if plan.done else f"; glue run {plan.recipe.file} makes the rest"))
+    rest = "" if plan.done else f"; glue run {plan.recipe.file} makes the rest"
+    print(f"{done} of {len(rows)} tasks are done{rest}")
 
 
 def _told(task: Task, plan: Plan) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def _grid(board: Leaderboard) -> Grid:
     tasks = list(board.rows[0].tasks)
     grid = Grid(title=board.title, title_justify="left", box=None, pad_edge=False)
     grid.add_column("#", justify="right", style="dim")
-    grid.add_column("member", no_wrap=True)
+    grid.add_column("member", overflow="fold", max_width=44)
     grid.add_column("kind", style="dim")
     grid.add_column("mean", justify="right", style="bold")
     grid.add_column("95 %", style="dim", no_wrap=True)
@@ -148,18 +149,20 @@ def _grid(board: Leaderboard) -> Grid:
         cells = [f"[{'bold green' if row.tasks[task] == best[task] else 'default'}]{row.tasks[task] * 100:.0f}[/]"
                  for task in tasks]
         bar = "█" * round(row.mean.value * 20)
-        grid.add_row(str(rank), f"[{'dim' if row.seen else 'default'}]{escape(row.member)}{'*' if row.seen else ''}[/]",
-                     row.kind, f"{row.mean.value * 100:.1f}", f"{row.mean.low * 100:.1f}-{row.mean.high * 100:.1f}",
-                     f"[cyan]{bar}[/]", *cells)
+        others = "".join(f" = {name}" for name in row.others[:2])
+        others += f" and {len(row.others) - 2} more" if len(row.others) > 2 else ""
+        name = f"[{'dim' if row.seen else 'default'}]{escape(row.member)}{'*' if row.seen else ''}[/]"
+        grid.add_row(str(rank), f"{name}[dim]{escape(others)}[/]", row.kind, f"{row.mean.value * 100:.1f}",
+                     f"{row.mean.low * 100:.1f}-{row.mean.high * 100:.1f}", f"[cyan]{bar}[/]", *cells)
     if any(row.seen for row in board.rows):
         grid.caption = "* a search of its lineage has seen these items"
     return grid
 
 
-def print_rows(member: Member, table: Table) -> None:
+def print_table(plan: Plan, member: Member) -> None:
     """A table of scores that belongs to no board."""
-    rows = rows_of(table, "", {})
-    console().print(_grid(Leaderboard(member.note, len(rows), rows, (), "")))
+    rows = rows_of(Table.read(member), plan)
+    console().print(_grid(Leaderboard(member.note, 0, rows, (), "")))
 
 
 def write_boards(recipe: Path, boards: Sequence[tuple[int, Leaderboard]]) -> Path:

@@ -88,8 +88,7 @@ class Workers:
     def _started(self) -> ProcessPoolExecutor:
         with self._lock:
             if self._pool is None:
-                for name, value in QUIET.items():
-                    os.environ.setdefault(name, value)
+                quieten()
                 context = multiprocessing.get_context("forkserver")
                 context.set_forkserver_preload(PRELOAD)
                 events = context.SimpleQueue()
@@ -121,6 +120,12 @@ class Workers:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def quieten() -> None:
+    """Keep the libraries' own bars and warnings out of ours; what the user has set stays. Before they are imported."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+
+
 _events: Any = None  # set once in each worker process, by its initializer
 
 
@@ -135,7 +140,12 @@ def _begin(threads: int, events: Any) -> None:
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _work(target: str, args: tuple[Any, ...], ticket: int | None) -> Any:

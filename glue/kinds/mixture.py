@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ BATCH_TOKENS = 16_384  # padded tokens that the reader of a mixture sees at once
 def mixture(member: Member, *, device: str = "cpu", dtype: Dtype = "float32") -> Running:
     """A mixture with its tokenizer; one that decides by prompt also tells the route of a context and can be pinned."""
     register()
-    loaded, tokenizer = model_of(member, device, dtype), tokenizer_of(member)
+    loaded: Any = model_of(member, device, dtype)
+    tokenizer = tokenizer_of(member)
     if not hasattr(loaded, "gate"):
         return Running(member, loaded, tokenizer)  # decides token by token, inside: an ordinary model to everyone else
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -36,7 +38,7 @@ def register() -> None:
     AutoModelForCausalLM.register(GlueModelMixtureConfig, GlueModelMixtureForCausalLM, exist_ok=True)
 
 
-def routes_of(model, empty: int) -> Callable[[list[list[int]]], list[Hashable]]:
+def routes_of(model: Any, empty: int) -> Callable[[list[list[int]]], list[Hashable]]:
     """The function from contexts to routes: an expert index, or with several experts a prompt the tuple of weights.
 
     empty  the token that stands for a context of none

@@ -32,7 +32,8 @@ def model_of(member: Member, device: str, dtype: Dtype) -> PreTrainedModel:
     config_of(member)  # first, for its plainer errors
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     folder = locate(member.path)
-    return _filled(folder, f"'{member.name}' in {folder}", dtype=kind, use_safetensors=True).to(device)
+    loaded: Any = _filled(folder, f"'{member.name}' in {folder}", dtype=kind, use_safetensors=True)
+    return loaded.to(device)
 
 
 def assembled(frame: Member, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> Running:
@@ -47,16 +48,14 @@ def assembled(frame: Member, tensors: Mapping[str, Tensor] | Iterable[tuple[str,
 def _filled(source: Any, told_as: str, **how: Any) -> PreTrainedModel:
     """A model in evaluation mode, every tensor of which came from the source."""
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
-        if source is None:
-            from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-            kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(how["config"])]
-            loaded, found = kind.from_pretrained(None, output_loading_info=True, **how)
+        if source is None:  # the auto class wants files
+            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(how["config"])]
         else:
-            loaded, found = AutoModelForCausalLM.from_pretrained(
-                source, trust_remote_code=False, local_files_only=True, output_loading_info=True, **how)
+            kind, how = AutoModelForCausalLM, {**how, "trust_remote_code": False, "local_files_only": True}
+        loaded, found = kind.from_pretrained(source, output_loading_info=True, **how)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{told_as}: {first_line(error)}",
                               fix="a model needs config.json and safetensors weights of the shapes it says") from None

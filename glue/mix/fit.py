@@ -33,16 +33,17 @@ def fitted(site: Site, *, width: int, steps: int, lr: float, weight_decay: float
     share = wins / wins.amax(1, keepdim=True)
     h, e = state.shape[1], len(site.names)
     rng = site.generator()
-    layers = [_layer(h, width, rng), nn.ReLU(), _layer(width, e, rng)] if width else [_layer(h, e, rng)]
-    gate = nn.Sequential(*layers)
+    inner = _layer(h, width, rng) if width else None
+    outer = _layer(width or h, e, rng)
+    gate = nn.Sequential(inner, nn.ReLU(), outer) if inner else outer
     optimizer = torch.optim.AdamW(gate.parameters(), lr=lr, weight_decay=weight_decay)
     for _ in range(steps):
         optimizer.zero_grad()
         loss = -(gate(state).log_softmax(1) + share.log()).logsumexp(1).mean()
         loss.backward()
         optimizer.step()
-    inner = (gate[0].weight.detach().float(), gate[0].bias.detach().float()) if width else None
-    return Gate(gate[-1].weight.detach().float(), gate[-1].bias.detach().float(), mean.float(), scale.float(), inner,
+    hidden_layer = (inner.weight.detach().float(), inner.bias.detach().float()) if inner else None
+    return Gate(outer.weight.detach().float(), outer.bias.detach().float(), mean.float(), scale.float(), hidden_layer,
                 top_k=top_k)
 
 

@@ -24,7 +24,7 @@ from glue.family import Family, Positive
 from glue.member import Element, Member
 
 if TYPE_CHECKING:
-    from glue.evaluate.suite import Suite
+    from glue.evaluate.suite import Split, Suite
     from glue.workers import Workers
 
 steps = Family("steps", "step", "glue.steps", first="Job -> Made", traits=("makes", "lone", "named", "check"))
@@ -40,26 +40,37 @@ class Takes:
 
 MODELS = ("model", "adapter")
 RUNS = ("model", "adapter", "mixture")
-One = Annotated[str, Takes("one", MODELS)]
-Many = Annotated[list[Any], Takes("many", MODELS)]
-ManyThatRun = Annotated[list[Any], Takes("many", RUNS)]
-Datasets = Annotated[list[Any], Takes("many", ("dataset",))]
-Shares = Annotated[dict[str, Positive], Takes("shares", ("dataset",))]
-OnSuite = Annotated[str, Takes("suite", ("dev", "test"))]
-OnDev = Annotated[str, Takes("suite", ("dev",))]  # for whatever chooses by what it measures
-
-
 @dataclass(frozen=True)
 class Measured:
     """A suite on one split, with the dataset member behind each of its tasks."""
 
     suite: Suite
-    split: str
+    split: Split
     data: dict[str, Member]
 
     def folders(self) -> dict[str, Path]:
         """Name of a dataset, as the suite says it, -> its folder."""
         return {name: member.folder for name, member in self.data.items()}
+
+
+if TYPE_CHECKING:  # what a step's function is given
+    One = Member
+    Tunable = Member
+    Many = list[Member]
+    ManyThatRun = list[Member]
+    Datasets = list[Member]
+    Shares = dict[Member, float]
+    OnSuite = Measured
+    OnDev = Measured
+else:  # what a recipe says
+    One = Annotated[str, Takes("one", MODELS)]
+    Tunable = Annotated[str, Takes("one", ("model",))]
+    Many = Annotated[list[Any], Takes("many", MODELS)]
+    ManyThatRun = Annotated[list[Any], Takes("many", RUNS)]
+    Datasets = Annotated[list[Any], Takes("many", ("dataset",))]
+    Shares = Annotated[dict[str, Positive], Takes("shares", ("dataset",))]
+    OnSuite = Annotated[str, Takes("suite", ("dev", "test"))]
+    OnDev = Annotated[str, Takes("suite", ("dev",))]  # for whatever chooses by what it measures
 
 
 @dataclass
@@ -86,6 +97,7 @@ class Made:
     base      the member that it derives from
     seen      digests of the splits that a search looked at, beyond those its inputs carry
     elements  of a group
+    same      the member that this is, under a new name: what lies in the folder is then only a record
     note      one line for people
     """
 
@@ -93,4 +105,5 @@ class Made:
     base: Member | None = None
     seen: frozenset[str] = frozenset()
     elements: tuple[Element, ...] = ()
+    same: Member | None = None
     note: str = ""

@@ -11,11 +11,13 @@ from glue.family import Probability
 from glue.member import Element, Member
 from glue.steps import Job, Made, Many, steps
 
+Linkage = Literal["leader", "single", "average", "complete"]
+Part = Literal["all", "attention", "mlp"]
+
 
 @steps.add("cluster", makes="group", named=True, source="arXiv:2410.05357")
 def cluster(job: Job, *, members: Many, threshold: Probability = 0.95,
-            linkage: Literal["leader", "single", "average", "complete"] = "average",
-            part: Literal["all", "attention", "mlp"] = "all") -> Made:
+            linkage: Linkage = "average", part: Part = "all") -> Made:
     """Every member in exactly one family: alike above the threshold, and of one architecture.
 
     Similarity is Model-GLUE's: the cosine of weight columns, averaged over attention and MLP matrices. A family's
@@ -29,7 +31,7 @@ def cluster(job: Job, *, members: Many, threshold: Probability = 0.95,
     return Made("group", elements=elements, note=f"{len(elements)} families: {sizes}")
 
 
-def work(members: list[Member], threshold: float, linkage: str, part: str) -> tuple[list, list, list]:
+def work(members: list[Member], threshold: float, linkage: Linkage, part: Part) -> tuple[list, list, list]:
     """In a worker: (similarity [n, n] as lists with null where shapes differ, families, medoid of each)."""
     import numpy as np
 

@@ -52,7 +52,8 @@ def work(member: Member, tasks: Path, names: list[str]) -> dict[str, list[float]
     return measure(load(member), tasks, names)
 
 
-def _scores(member: Member, suite: Measured, digests: dict[str, str], results: dict[str, list[float]]) -> Iterable[Score]:
+def _scores(member: Member, suite: Measured, digests: dict[str, str],
+            results: dict[str, list[float]]) -> Iterable[Score]:
     for task in suite.suite.tasks:
         yield Score(member.name, member.digest, f"{suite.suite.name}:{suite.split}", task.name, task.metric,
                     tuple(float(value) for value in results[task.name]), digests[task.name], _how(task), task.chance)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 from glue.family import Count, NonNegative, Positive
 from glue.member import Member

@@ -11,7 +11,7 @@ import numpy as np
 from glue.errors import MethodError
 from glue.family import Choice, Count, Of, is_per_member
 from glue.member import Member
-from glue.steps import Job, Made, Many, Measured, One, OnDev, steps
+from glue.steps import Job, Made, Many, Measured, OnDev, One, steps
 from glue.steps.merge import _source, _sources, compatible
 
 SEARCH_NOTE = "search.json"  # in the folder of what a search found: its weights and every candidate it tried
@@ -37,7 +37,7 @@ def search(job: Job, *, members: Many, strategy: Annotated[Any, Of("searching")]
     merge   how a candidate is made; the strategy sets its `weight` by member
     budget  the most candidates that may be evaluated
     """
-    from glue.search.space import Space
+    from glue.search.space import Rule, Space
 
     done = 0
 
@@ -51,16 +51,20 @@ def search(job: Job, *, members: Many, strategy: Annotated[Any, Of("searching")]
 
     sizes = [len(items) for items in items_of(suite).values()]
     neutral = frozenset(member.name for member in members if base is not None and member.digest == base.digest)
-    rule = "interpolate" if merge.method.traits.get("space") == "weight" else "add"
+    rule: Rule = "interpolate" if merge.method.traits.get("space") == "weight" else "add"
     space = Space(tuple(member.name for member in members), evaluate, np.repeat(np.arange(len(sizes)), sizes),
                   rule=rule, budget=budget, neutral=neutral if rule == "add" else frozenset())
     found = strategy(space)
-    job.workers.call("glue.steps.search:write_candidate", job.folder, found.candidate, members, base, merge, job.seed)
+    seen, note = frozenset(splits(suite).values()), f"{found.candidate} of {done} candidates"
     told = {"merged": found.candidate.merged, "weights": found.candidate.weights, "value": found.value,
             "evaluated": done, "log": [[str(row.candidate), row.value, row.purpose] for row in found.log]}
     (job.folder / SEARCH_NOTE).write_text(json.dumps(told, indent=1))
-    seen = frozenset(splits(suite).values())
-    return Made("model", base=base or members[0], seen=seen, note=f"{found.candidate} of {done} candidates")
+    if not found.candidate.merged:
+        member = _by_name(members)[found.candidate.parts[0][0]]
+        return Made(member.kind, base=member.base, seen=seen, same=member, note=note)
+    choice, chosen = _choice(found.candidate, members, merge)
+    job.workers.call("glue.steps.merge:work", job.folder, chosen, base, choice, job.seed, None)
+    return Made("model", base=base or members[0], seen=seen, note=note)
 
 
 def items_of(suite: Measured) -> dict[str, list]:
@@ -97,19 +101,6 @@ def score_candidate(candidate, members: list[Member], base: Member | None, merge
     choice, chosen = _choice(candidate, members, merge)
     tensors = merged(choice, _sources(chosen), _source(base), seed=seed)
     return score_member(assembled(base or members[0], tensors), suite)
-
-
-def write_candidate(folder, candidate, members: list[Member], base: Member | None, merge: Choice, seed: int) -> None:
-    """In a worker: the candidate that was found, as a model folder."""
-    from glue.family import families
-    from glue.steps.merge import work
-
-    if not candidate.merged:
-        member = _by_name(members)[candidate.parts[0][0]]
-        work(folder, [member], None, families("merging")["linear"].bind(), seed, None)
-    else:
-        choice, chosen = _choice(candidate, members, merge)
-        work(folder, chosen, base, choice, seed, None)
 
 
 def _choice(candidate, members: list[Member], merge: Choice) -> tuple[Choice, list[Member]]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from glue.family import Count, NonNegative, Positive
 from glue.hub import locate
 from glue.member import Member
-from glue.steps import Job, Made, Shares, Takes, steps
+from glue.steps import Job, Made, Shares, Tunable, steps
 from glue.steps.pretrain import told
-
-Tunable = Annotated[str, Takes("one", ("model",))]
 
 
 @steps.add("tune", makes="model")

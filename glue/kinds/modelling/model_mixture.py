@@ -81,9 +81,11 @@ class RoutedCache(Cache):
         self.slots = [DynamicCache(config=expert.config) for expert in experts]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read so far; the same for every expert that has rows."""
         return max(slot.get_seq_length() for slot in self.slots)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1, which is no limit."""
         return -1
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -95,31 +97,40 @@ class RoutedCache(Cache):
         self.weights = self.weights[indices]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was; beam search asks for this."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row several times, one after the other."""
         rows = torch.arange(len(self.weights), device=self.weights.device)
         self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; their number is given negative, as transformers does."""
         for slot in self.slots:
             slot.crop(tokens_to_remove)
 
     def reset(self) -> None:
+        """Forget all tokens; routes stay."""
         for slot in self.slots:
             slot.reset()
 
     @property
     def batch_size(self) -> int:
+        """Rows."""
         return len(self.weights)
 
     @property
     def is_croppable(self) -> bool:
+        """Whether `crop` leaves no trace."""
         return all(slot.is_croppable for slot in self.slots)
 
 
 class Router(nn.Module):
     """Pooled states [b, h] -> logits [b, e]: standardise, one hidden layer if it has a width, one linear map."""
+
+    mean: Tensor
+    scale: Tensor
 
     def __init__(self, hidden: int, experts: int, width: int):
         super().__init__()
@@ -129,6 +140,7 @@ class Router(nn.Module):
         self.outer = nn.Linear(width or hidden, experts)
 
     def forward(self, pooled: Tensor) -> Tensor:
+        """[b, h] -> [b, e]"""
         state = (pooled.to(self.mean) - self.mean) / self.scale
         if self.inner is not None:
             state = self.inner(state).relu()
@@ -160,6 +172,33 @@ def chosen(logits: Tensor, k: int) -> Tensor:
     return kept / kept.sum(-1, keepdim=True)
 
 
+def blended(weights: Tensor, parts: Sequence[tuple[int, Tensor, Tensor]]) -> Tensor:
+    """The logits of the mixture [b, s, v] from (expert, its rows [n], their logits [n, s, v]); see the top of the file.
+
+    weights  [b, e]
+    """
+    first = parts[0][2]
+    if len(parts) == 1:
+        return first  # one expert answers every row
+    alone = (weights > 0).sum(1) == 1
+    shape = (len(weights), *first.shape[1:])
+    out = first.new_zeros(shape)
+    mixed = first.new_full(shape if not alone.all() else (0,), -torch.inf, dtype=torch.float32)
+    level = first.new_zeros((*shape[:2], 1), dtype=torch.float32)
+    for i, rows, logits in parts:
+        one = alone[rows]
+        out[rows[one]] = logits[one]
+        if not one.all():
+            several, wide = rows[~one], logits[~one].float()
+            share = weights[several, i].view(-1, 1, 1)
+            norm = wide.logsumexp(-1, keepdim=True)
+            mixed[several] = torch.logaddexp(mixed[several], share.log() + wide - norm)
+            level[several] += share * norm
+    if not alone.all():
+        out[~alone] = (mixed + level)[~alone].to(out)
+    return out
+
+
 class GlueModelMixtureForCausalLM(PreTrainedModel, GenerationMixin):
     """Whole causal language models of one vocabulary behind one router; see the top of the file."""
 
@@ -182,12 +221,15 @@ class GlueModelMixtureForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def experts(self) -> list[PreTrainedModel]:
+        """The whole models, in the order of their indices."""
         return [getattr(self, f"expert_{i}") for i in range(len(self.config.experts))]
 
     def get_input_embeddings(self) -> nn.Module:
+        """Those of the reader."""
         return self.experts[self.config.reader].get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Refused: there is no one table to set."""
         raise NotImplementedError("every expert has embeddings of its own; change them on model.experts[i]")
 
     @classmethod
@@ -200,7 +242,7 @@ class GlueModelMixtureForCausalLM(PreTrainedModel, GenerationMixin):
         """The weight of each expert for each prompt; k of them are not zero. [b, s] -> [b, e]"""
         reader = self.experts[self.config.reader]
         states = pooled(reader, input_ids, attention_mask, self.config.layer, position_ids)
-        logits = self.router(states.to(self.router.mean.device)) / self.config.router_temperature
+        logits = self.router(states.to(self.router.outer.weight.device)) / self.config.router_temperature
         return chosen(logits, self.config.experts_per_prompt).to(input_ids.device)
 
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None,
@@ -261,7 +303,7 @@ class GlueModelMixtureForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is not None:
             position_ids = position_ids.expand(b, -1)
 
-        answer = _Answer(weights)
+        parts = []
         for i, expert in enumerate(self.experts):
             rows = weights[:, i].nonzero()[:, 0]
             if len(rows):
@@ -271,8 +313,8 @@ class GlueModelMixtureForCausalLM(PreTrainedModel, GenerationMixin):
                     position_ids=None if position_ids is None else position_ids[rows],
                     past_key_values=None if past_key_values is None else past_key_values.slots[i],
                     use_cache=past_key_values is not None, logits_to_keep=logits_to_keep)
-                answer.add(i, rows, output.logits.to(input_ids.device))
-        logits = answer.logits()
+                parts.append((i, rows, output.logits.to(input_ids.device)))
+        logits = blended(weights, parts)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -282,40 +324,3 @@ class GlueModelMixtureForCausalLM(PreTrainedModel, GenerationMixin):
         # without a cache the whole text is read again at every step; it keeps the route of its prompt
         model_kwargs["routes"] = outputs.routes
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-
-
-class _Answer:
-    """Collects the logits of experts, each for some rows, into those of the mixture."""
-
-    def __init__(self, weights: Tensor):
-        self.weights = weights
-        self.alone = (weights > 0).sum(1) == 1
-        self.out: Tensor | None = None    # [b, s, v] logits of rows with one expert
-        self.mixed: Tensor | None = None  # [b, s, v] log of mixed probabilities of the others
-        self.level: Tensor | None = None  # [b, s, 1] their weighted log-normaliser
-
-    def add(self, i: int, rows: Tensor, logits: Tensor) -> None:
-        if len(rows) == len(self.alone) and bool(self.alone.all()):
-            self.out = logits
-            return
-        shape = (len(self.alone), *logits.shape[1:])
-        if self.out is None:
-            self.out = logits.new_zeros(shape)
-        one = self.alone[rows]
-        self.out[rows[one]] = logits[one]
-        if bool(one.all()):
-            return
-        if self.mixed is None:
-            self.mixed = logits.new_full(shape, -torch.inf, dtype=torch.float32)
-            self.level = logits.new_zeros((*shape[:2], 1), dtype=torch.float32)
-        rows, logits = rows[~one], logits[~one].float()
-        share = self.weights[rows, i].view(-1, 1, 1)
-        norm = logits.logsumexp(-1, keepdim=True)
-        self.mixed[rows] = torch.logaddexp(self.mixed[rows], share.log() + logits - norm)
-        self.level[rows] += share * norm
-
-    def logits(self) -> Tensor:
-        if self.mixed is not None:
-            many = ~self.alone
-            self.out[many] = (self.mixed + self.level)[many].to(self.out)
-        return self.out

@@ -1,0 +1,35 @@
+# The two commands of the README are `make quickstart` and `make test`; both make their own environment first.
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+BIN := .venv/bin
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0 OMP_WAIT_POLICY=PASSIVE
+CORES := $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: quickstart test check fix docs bench clean
+
+quickstart: .venv/ready
+	$(OFFLINE) $(BIN)/glue run recipes/quickstart.yaml
+
+test: .venv/ready
+	$(OFFLINE) $(BIN)/python -m pytest -n $(CORES)
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m glue.docs --check
+
+fix: .venv/ready
+	$(BIN)/ruff check --fix .
+
+docs: .venv/ready
+	$(BIN)/python -m glue.docs
+
+bench: .venv/ready
+	$(OFFLINE) $(BIN)/glue run recipes/quickstart.yaml --full
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
