@@ -10,7 +10,7 @@ quickstart: .venv/ready
 	$(OFFLINE) $(BIN)/glue run recipes/quickstart.yaml
 
 test: .venv/ready
-	$(OFFLINE) $(BIN)/python -m pytest -n $(CORES)
+	$(OFFLINE) $(BIN)/python -m pytest -n $(CORES) --dist loadfile
 
 check: .venv/ready
 	$(BIN)/ruff check .

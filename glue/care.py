@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from glue.errors import ZooError, did_you_mean
-from glue.files import write_aside
+from glue.errors import ZooError, did_you_mean, one_line
+from glue.files import REPLACED, write_aside
 from glue.hub import locate
 from glue.identity import identify
 from glue.member import FOLDER_NOTE, Member
-from glue.zoo import KINDS, Zoo
+from glue.zoo import KINDS, NAME, NAME_RULE, Zoo
 
 ZOO_YAML = """\
 # Members written by hand. glue reads this file and never rewrites it; products are registered in zoo/members.yaml.
@@ -48,8 +51,12 @@ def added(zoo: Zoo, path: str, name: str | None, kind: str, base: str | None, ta
     if kind == "adapter" and base is None:
         raise ZooError("an adapter needs its base", fix="add  --base NAME")
     place = path if path.startswith("hub:") else str(Path(path).resolve())
-    locate(place)
+    folder = locate(place)
+    if kind == "model" and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ZooError(f"{folder} holds an adapter", fix="add  --kind adapter --base NAME")
     called = name or place.removeprefix("hub:").partition("@")[0].rsplit("/", 1)[-1]
+    if not NAME.fullmatch(called):
+        raise ZooError(f"'{one_line(called)}' cannot be a name: {NAME_RULE}", fix="choose one with --name")
     if called in zoo:
         raise ZooError(f"the zoo has a member '{called}' already", fix="choose another with --name")
     member = Member(called, kind, place, frozenset(tags), zoo[base] if base else None, licence=licence)
@@ -62,10 +69,11 @@ def verified(zoo: Zoo, name: str) -> Iterator[str]:
     folder = locate(member.path)
     _, digest = identify(folder)
     now = zoo.with_base(Member(name, member.kind, member.path, base=member.base, digest=digest)).digest
-    for file in sorted(folder.rglob("*")):
+    for file in [folder] if folder.is_file() else sorted(folder.rglob("*")):
         if file.is_file():
+            shown = file.name if file == folder else file.relative_to(folder)
             with open(file, "rb") as stream:
-                yield f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {file.relative_to(folder)}"
+                yield f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {shown}"
     if member.digest and now != member.digest:
         raise ZooError(f"'{name}' has changed: its digest is {now}, registered is {member.digest}",
                        fix="run its recipe again, which makes it anew, or remove it from the zoo")
@@ -75,23 +83,42 @@ def verified(zoo: Zoo, name: str) -> Iterator[str]:
 def unreferenced(zoo: Zoo, *, delete: bool) -> list[tuple[str, int]]:
     """(folder, bytes) of every product folder that no member needs: removed ones, and replaced versions.
 
-    A replaced version is kept as long as the newest version of some member was made from it.
+    A replaced version is kept as long as the newest version of some member was made from it. A folder without a note
+    of ours, or whose note cannot be read, is left alone; so is whatever a member's path leads to.
     """
-    needed: set[str] = set()
-    digests: set[str] = set()
-    for member in zoo:
-        needed.add(member.path)
-        if member.origin:
-            digests.update(digest for inputs in member.origin.inputs.values() for digest in inputs)
-        for one in (*member.lineage(), *(one for item in member.elements for one in item.members)):
-            needed.add(one.path)
-    needed.update(member.path for name in {one.name for one in zoo} for member in zoo.versions(name)
-                  if member.digest in digests)
+    needed = _needed(zoo)
+    paths = {Path(member.path).resolve() for member in needed if not member.path.startswith("hub:")}
+    keys = {member.origin.key for member in needed if member.origin}
     found = []
-    for note in sorted(zoo.folder.rglob(FOLDER_NOTE)):
-        folder = note.parent
-        if str(folder) not in needed and ".drafts" not in folder.parts:
+    for folder, key in _products(zoo.folder):
+        aside = REPLACED in folder.name  # of what was put aside by `publish`, another folder has taken the place
+        used = any(path == folder or folder in path.parents or path in folder.parents for path in paths)
+        if not used and (aside or key not in keys):
             found.append((str(folder), sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())))
             if delete:
                 shutil.rmtree(folder)
     return found
+
+
+def _needed(zoo: Zoo) -> list[Member]:
+    """The newest version of each member, the versions those were made from, and all that these stand on."""
+    newest = list(zoo)
+    digests = {digest for member in newest if member.origin for inputs in member.origin.inputs.values()
+               for digest in inputs}
+    waiting = newest + [member for one in newest for member in zoo.versions(one.name) if member.digest in digests]
+    found: list[Member] = []
+    while waiting:
+        member = waiting.pop()
+        found.append(member)
+        waiting += [member.base] if member.base else []
+        waiting += [one for item in member.elements for one in (item.root, *item.members) if one]
+    return found
+
+
+def _products(zoo: Path) -> Iterator[tuple[Path, str]]:
+    """Every folder below the zoo's that a step has left, with the key of its origin; links are not followed."""
+    for place, folders, files in os.walk(zoo.resolve()):
+        folders[:] = sorted(name for name in folders if name != ".drafts")
+        if FOLDER_NOTE in files:
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                yield Path(place), str(json.loads((Path(place) / FOLDER_NOTE).read_bytes())["key"])

@@ -18,8 +18,8 @@ from glue.files import write_aside
 from glue.steps import Takes
 
 START, END = "<!-- methods: made by `python -m glue.docs` -->", "<!-- end of methods -->"
-MEMBERS = {"one": "a member", "many": "members: names, `tag:x`, groups", "shares": "a mapping from datasets to shares > 0",
-           "suite": "a suite and split, `name:dev` or `name:test`"}
+MEMBERS = {"one": "a member", "many": "members: names, `tag:x`, groups",
+           "shares": "a mapping from datasets to shares > 0", "suite": "a suite and split, `name:dev` or `name:test`"}
 HEAD = """\
 # Methods
 
@@ -37,7 +37,8 @@ def pages(root: Path) -> dict[Path, str]:
     if not start or not end:
         raise GlueError(f"{readme} has no place for the table of methods", fix=f"put back the lines {START} and {END}")
     table = "\n".join(overview())
-    return {root / "docs" / "methods.md": "\n".join(reference()) + "\n", readme: f"{before}{START}\n{table}\n{END}{after}"}
+    return {root / "docs" / "methods.md": "\n".join(reference()) + "\n",
+            readme: f"{before}{START}\n{table}\n{END}{after}"}
 
 
 def overview() -> Iterator[str]:
@@ -117,7 +118,7 @@ def _anchor(family: Family, method: Method) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the generated parts, or with --check only compare; 1 where something is out of date."""
-    parser = argparse.ArgumentParser(prog="python -m glue.docs", description="Generate docs from the registered methods.")
+    parser = argparse.ArgumentParser(prog="python -m glue.docs", description="Write what follows from the code.")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a file is out of date")
     check = parser.parse_args(arguments).check
     old = 0

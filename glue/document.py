@@ -1,7 +1,8 @@
 """Documents: YAML read strictly, as YAML 1.2 means it, with the place of every key.
 
-`1e-3` is a number and `no` is a word; a key that stands twice, a tag such as !!python, an alias that loops or grows
-without end are errors. What is read is plain data: mappings, lists, words, numbers, true, false and null.
+`1e-3` is a number and `no` is a word; a key that stands twice, a tag such as !!python, a merge key `<<`, an alias
+that loops or grows without end are errors. What is read is plain data: mappings, lists, words, numbers, true, false
+and null.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from typing import Any
 
 import yaml
 
-from glue.errors import GlueError, Place
+from glue.errors import GlueError, Place, one_line
 
 SIZE_LIMIT, NODE_LIMIT = 2_000_000, 100_000  # bytes; nodes after aliases are expanded
 _CORE = "tag:yaml.org,2002:"
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _WORDS = {"null": None, "Null": None, "NULL": None, "~": None, "": None, "true": True, "True": True, "TRUE": True,
-          "false": False, "False": False, "FALSE": False, ".nan": float("nan"), ".inf": float("inf"),
-          "+.inf": float("inf"), "-.inf": float("-inf")}
+          "false": False, "False": False, "FALSE": False,
+          **{word: float("nan") for word in (".nan", ".NaN", ".NAN")},
+          **{sign + word: float(f"{sign}inf") for sign in ("", "+", "-") for word in (".inf", ".Inf", ".INF")}}
+_TAGGED = re.compile(r"(&\S+\s+)?!")  # how a value begins whose tag is written out
 Path_ = tuple[str | int, ...]
 
 
@@ -39,18 +42,24 @@ class Document:
 
 def read(file: Path, error: type[GlueError], shown: str | None = None) -> Document:
     """Read `file`; every mistake is an `error` that names file:line:column."""
-    name = shown or str(file)
+    name = one_line(shown or str(file))
     try:
-        if file.stat().st_size > SIZE_LIMIT:
-            raise error(f"{name} is larger than {SIZE_LIMIT:,} bytes, too large to be written by hand")
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise error(f"there is no file {name}") from None
-    except IsADirectoryError:
-        raise error(f"{name} is a folder; a YAML file is needed") from None
+        if file.is_dir():
+            raise error(f"{name} is a folder; a YAML file is needed")
+        if not file.is_file():
+            raise error(f"there is no file {name}")
+        data = file.read_bytes() if file.stat().st_size <= SIZE_LIMIT else b""
+    except (OSError, ValueError) as problem:
+        raise error(f"{name} cannot be read: {problem}") from None
+    if not data and file.stat().st_size:
+        raise error(f"{name} is larger than {SIZE_LIMIT:,} bytes, too large to be written by hand")
+    try:
+        return parse(data.decode("utf-8-sig"), name, error)
     except UnicodeDecodeError as problem:
-        raise error(f"{name} is not UTF-8 text (byte {problem.start})") from None
-    return parse(text, name, error)
+        line = data.count(b"\n", 0, problem.start) + 1
+        column = problem.start - data.rfind(b"\n", 0, problem.start)
+        raise error(f"this is not UTF-8 text (byte 0x{data[problem.start]:02x})", place=Place(name, line, column),
+                    fix="save the file as UTF-8") from None
 
 
 def parse(text: str, name: str, error: type[GlueError]) -> Document:
@@ -60,8 +69,14 @@ def parse(text: str, name: str, error: type[GlueError]) -> Document:
     except yaml.MarkedYAMLError as problem:
         mark = problem.problem_mark or problem.context_mark
         place = Place(name, mark.line + 1, mark.column + 1) if mark else Place(name, 1, 1)
-        raise error(f"this is not YAML: {problem.problem or problem.context}", place=place,
-                    fix="look for a missing colon, bracket or quote, or a tab, on this line or the one before") from None
+        why = ", ".join(filter(None, (problem.context, problem.problem)))
+        raise error(f"this is not YAML: {one_line(why)}", place=place,
+                    fix="look for a missing colon, bracket or quote, or a tab, on this line or before") from None
+    except yaml.reader.ReaderError as problem:
+        before = text[:problem.position]
+        place = Place(name, before.count("\n") + 1, len(before) - before.rfind("\n"))
+        raise error(f"this is not YAML: the character #x{problem.character:04x} may not stand here", place=place,
+                    fix="remove it") from None
     except (yaml.YAMLError, ValueError, RecursionError) as problem:
         raise error(f"this is not YAML: {str(problem).splitlines()[0]}", place=Place(name, 1, 1)) from None
     reader = _Reader(name, error)
@@ -90,6 +105,7 @@ class _Reader:
         if isinstance(node, yaml.SequenceNode):
             self._tag(node, "seq")
             return [self.plain(item, (*path, k), above) for k, item in enumerate(node.value)]
+        assert isinstance(node, yaml.ScalarNode)
         return self._scalar(node)
 
     def _mapping(self, node: yaml.MappingNode, path: Path_, above: tuple[int, ...]) -> dict[str, Any]:
@@ -99,16 +115,21 @@ class _Reader:
                 raise self.error("a key must be a single word", place=self.place(key))
             self._tag(key, "str")
             if key.value in found:
-                raise self.error(f"'{key.value}' stands twice", place=self.place(key), fix="keep one of the two")
+                raise self.error(f"'{one_line(key.value)}' stands twice", place=self.place(key),
+                                 fix="keep one of the two")
+            if key.value == "<<" and key.style is None:
+                raise self.error("a merge key '<<' is not read: YAML 1.2 has none", place=self.place(key),
+                                 fix="write the keys out; an alias may stand for a whole value")
             self.places[(*path, key.value)] = self.place(key)
             found[key.value] = self.plain(value, (*path, key.value), above)
         return found
 
     def _tag(self, node: yaml.Node, expected: str) -> None:
-        if node.tag != _CORE + expected:
-            shown = node.tag.replace(_CORE, "!!")
+        written = node.start_mark.buffer is not None and _TAGGED.match(node.start_mark.buffer, node.start_mark.pointer)
+        if written and not getattr(node, "style", None) or node.tag != _CORE + expected:
+            shown = one_line(node.tag.replace(_CORE, "!!"))
             raise self.error(f"the tag {shown} is not allowed; only plain data is read", place=self.place(node),
-                             fix="remove the tag")
+                             fix="remove the tag; quotes make a word of a number")
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         self._tag(node, "str")
@@ -117,6 +138,9 @@ class _Reader:
             return text
         if text in _WORDS:
             return _WORDS[text]
-        if _INT.fullmatch(text):
-            return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-        return float(text) if _FLOAT.fullmatch(text) else text
+        try:
+            if _INT.fullmatch(text):
+                return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+            return float(text) if _FLOAT.fullmatch(text) else text
+        except ValueError:
+            raise self.error(f"a number of {len(text)} digits is too long", place=self.place(node)) from None

@@ -180,8 +180,8 @@ class Family:
         if isinstance(value, str):
             value = {value: {}}
         if not isinstance(value, Mapping) or len(value) != 1:
-            raise _at(MethodError(f"a {self.noun} is one word, or one word with its parameters; this is {_short(value)}",
-                                  fix=f"write  name  or  {{name: {{parameter: value}}}}; "
+            raise _at(MethodError(f"a {self.noun} is one word, or one word with its parameters; this is "
+                                  f"{_short(value)}", fix=f"write  name  or  {{name: {{parameter: value}}}}; "
                                       f"names: {', '.join(method.name for method in self)}"), loc)
         (name, params), = value.items()
         if params is not None and not isinstance(params, Mapping):
@@ -249,7 +249,8 @@ def is_per_member(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -
 def _worded(method: Method, error: ValidationError, given: dict[str, Any]) -> MethodError:
     """The most telling thing that pydantic found, in our words: an unknown word first, then what lies deepest."""
     paths = [(_path(given, item["loc"]), item) for item in error.errors()]
-    loc, found = min(paths, key=lambda pair: (pair[1]["type"] != "extra_forbidden", -len(pair[0])))
+    loc, found = min(paths, key=lambda pair: (pair[1]["type"] != "extra_forbidden", -len(pair[0]),
+                                              pair[1]["type"].endswith("_type")))
     noun = families(method.family).noun
     if found["type"] == "missing" and not loc:
         word = str(found["loc"][0])
@@ -260,9 +261,9 @@ def _worded(method: Method, error: ValidationError, given: dict[str, Any]) -> Me
         return _at(MethodError(f"{noun} '{method.name}' has no parameter '{one_line(word)}'"
                                f"{did_you_mean(word, method.parameters)}"), loc)
     info = method.parameters[word]
-    others = [item for path, item in paths if path == loc]
     value = found["input"]
-    why = "" if len(others) > 1 else f": {found['msg'][:1].lower()}{found['msg'][1:]}"  # each branch of a union fails
+    of_many = sum(path == loc for path, _ in paths) > 1 and found["type"].endswith(("_type", "literal_error"))
+    why = "" if of_many else f": {found['msg'][:1].lower()}{found['msg'][1:]}"  # one branch of a union says too little
     near = did_you_mean(value, _literals(info)) if isinstance(value, str) else ""
     return _at(MethodError(f"{noun} '{method.name}': '{_spelled(loc)}' cannot be {_short(value)}"
                            f"{near if 'mean' in near else why}", fix=f"it is {describe(info)}"), loc)
@@ -347,5 +348,6 @@ def _literals(info: Any) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False) if not isinstance(value, str) else f"'{value}'"
-    return one_line(text, 60)
+    if isinstance(value, (str, float)):
+        return one_line(f"'{value}'" if isinstance(value, str) else repr(value), 60)
+    return one_line(json.dumps(value, default=str, ensure_ascii=False), 60)

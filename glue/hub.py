@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from glue.errors import ZooError
+from glue.errors import ZooError, one_line
+
+_WORD = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
+HUB = re.compile(rf"hub:{_WORD}(/{_WORD})?(@[A-Za-z0-9][A-Za-z0-9._/-]*)?")
+_FIX = "write hub:owner/name or hub:owner/name@revision"
+
+
+def well_formed(path: str) -> None:
+    """Raise ZooError for what can be no member's path, on this machine or any other."""
+    if path.startswith("hub:") and (not HUB.fullmatch(path) or ".." in path):
+        raise ZooError(f"'{one_line(path)}' is no hub path", fix=_FIX)
+    if not path or "\0" in path:
+        raise ZooError(f"'{one_line(path)}' is no path", fix="write a folder, or hub:owner/name@revision")
 
 
 def locate(path: str) -> Path:
@@ -12,10 +25,11 @@ def locate(path: str) -> Path:
 
     Raises ZooError that says how to get what is missing.
     """
+    well_formed(path)
     if not path.startswith("hub:"):
         folder = Path(path)
         if not folder.exists():
-            raise ZooError(f"{folder} does not exist", fix="put the member there, or correct its path in zoo.yaml")
+            raise ZooError(f"{one_line(path)} does not exist", fix="put the member there, or correct its path")
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -28,5 +42,4 @@ def locate(path: str) -> Path:
         raise ZooError(f"{name}{'@' + revision if revision else ''} is not on this machine",
                        fix=f"get it with  hf download {name}{option}") from None
     except HFValidationError as problem:
-        raise ZooError(f"'{path}' is no hub path: {problem}", fix="write hub:owner/name or hub:owner/name@revision",
-                       ) from None
+        raise ZooError(f"'{path}' is no hub path: {one_line(str(problem))}", fix=_FIX) from None

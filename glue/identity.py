@@ -1,26 +1,29 @@
 """The identity of a member's folder: fingerprint and digest over everything that changes what it computes.
 
-Weights count by name, type, shape and bytes; JSON files by their content without paths and versions of libraries;
-cards, logs and notes do not count. A digest is computed once and then known by (path, size, time, inode).
+Weights count by name, type, shape and bytes; JSON files by their content, configurations without paths and versions
+of libraries; cards, logs and notes do not count. A digest is computed once and then known by (path, size, time, inode).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from glue.checkpoint import Checkpoint, combined, weights_digest
+from glue.checkpoint import INDEX, Checkpoint, combined, weights_digest
 from glue.errors import ZooError
 from glue.files import locked, write_aside
 from glue.member import canonical
 
-COUNTED = ("config.json", "adapter_config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
-           "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-           "*.jsonl", "*.parquet", "elements.json")
+COUNTED = ("config.json", "adapter_config.json", "generation_config.json", "tokenizer.json", "*.model", "vocab.json",
+           "merges.txt", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+           "chat_template.jinja", "*.jsonl", "*.parquet", "elements.json")
+WEIGHTS = ("*.safetensors", INDEX, "*.bin", "*.pt", "*.pth", "*.gguf")  # all but the first two are refused when read
+JSON_LIMIT, BLOCK = 200_000_000, 1 << 20  # bytes: of one JSON file; of other files, read at once
 UNCOUNTED_KEYS = ("_name_or_path", "base_model_name_or_path", "name_or_path", "transformers_version", "peft_version")
 
 
@@ -36,54 +39,80 @@ def identify(folder: Path, known: Path | None = None) -> tuple[str, str]:
     remembered = _remembered(known).get(key)
     if remembered and remembered["signature"] == signature:
         return remembered["fingerprint"], remembered["digest"]
-    parts = {file.name: _file_digest(file) for file in _files(folder) if file.suffix != ".safetensors"}
+    files = _files(folder)
+    parts = {file.name: _file_digest(file) for file in files if not _holds_weights(file)}
     fingerprint = hashlib.sha256(canonical(parts).encode()).hexdigest()
-    if any(file.suffix == ".safetensors" for file in _files(folder)):
+    if any(_holds_weights(file) for file in files):
         checkpoint = Checkpoint(folder)
         fingerprint = checkpoint.fingerprint
         parts["weights"] = weights_digest(checkpoint)
     digest = combined(parts)
-    if known is not None:
-        with locked(known):
-            entry = {"signature": signature, "fingerprint": fingerprint, "digest": digest}
-            write_aside(known, canonical({**_remembered(known), key: entry}))
+    if known is not None and _signature(folder) == signature:  # else it was written to while it was read
+        with suppress(OSError):  # a zoo that may only be read has no cache
+            _note(known, key, signature, fingerprint, digest)
     return fingerprint, digest
 
 
 def remember(folder: Path, known: Path, fingerprint: str, digest: str, *, files: Path) -> None:
     """Note the identity of a folder whose files still lie in `files`, to be renamed to `folder`."""
+    _note(known, str(folder.resolve()), _signature(files), fingerprint, digest)
+
+
+def _note(known: Path, key: str, signature: list[list[Any]], fingerprint: str, digest: str) -> None:
     with locked(known):
-        entry = {"signature": _signature(files), "fingerprint": fingerprint, "digest": digest}
-        write_aside(known, canonical({**_remembered(known), str(folder.resolve()): entry}))
+        entry = {"signature": signature, "fingerprint": fingerprint, "digest": digest}
+        write_aside(known, canonical({**_remembered(known), key: entry}))
 
 
 def _files(folder: Path) -> list[Path]:
     if folder.is_file():
         return [folder]
-    found = {file for pattern in (*COUNTED, "*.safetensors") for file in folder.glob(pattern) if file.is_file()}
+    found = {file for pattern in (*COUNTED, *WEIGHTS) for file in folder.glob(pattern)
+             if file.is_file() or file.is_symlink()}
     return sorted(file for file in found if not file.name.startswith("."))
 
 
+def _holds_weights(file: Path) -> bool:
+    return any(file.match(pattern) for pattern in WEIGHTS)
+
+
 def _signature(folder: Path) -> list[list[Any]]:
-    stats = [(file, file.stat()) for file in _files(folder)]
+    """What tells that a file was changed; links are followed, as in the cache of the hub."""
+    try:
+        stats = [(file, file.stat()) for file in _files(folder)]
+    except FileNotFoundError as problem:
+        raise ZooError(f"{problem.filename} is a link to nothing", fix="download the folder again") from None
     return [[file.name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for file, stat in stats]
 
 
 def _remembered(known: Path | None) -> dict[str, dict[str, Any]]:
+    """What the cache holds; nothing where it is damaged, since all of it can be computed again."""
     try:
-        return json.loads(known.read_text()) if known else {}
-    except (OSError, ValueError):
+        found = json.loads(known.read_bytes()) if known else {}
+        return {key: entry for key, entry in found.items() if {"signature", "fingerprint", "digest"} <= set(entry)}
+    except (OSError, ValueError, AttributeError, TypeError):
         return {}
 
 
 def _file_digest(file: Path) -> str:
-    data = file.read_bytes()
     if file.suffix == ".json":
-        try:
-            data = canonical(_without(json.loads(data))).encode()
-        except ValueError:
-            raise ZooError(f"{file} is not JSON", fix="download or write it again") from None
-    return xxhash.xxh3_128(data).hexdigest()
+        return xxhash.xxh3_128(_content(file).encode(errors="surrogatepass")).hexdigest()
+    total = xxhash.xxh3_128()
+    with open(file, "rb") as stream:
+        while block := stream.read(BLOCK):
+            total.update(block)
+    return total.hexdigest()
+
+
+def _content(file: Path) -> str:
+    if file.stat().st_size > JSON_LIMIT:
+        raise ZooError(f"{file} has more than {JSON_LIMIT:,} bytes, too many for JSON of a model",
+                       fix="download or write it again")
+    try:
+        content = json.loads(file.read_bytes())
+        return canonical(_without(content) if file.name.endswith("config.json") else content)
+    except (ValueError, RecursionError):
+        raise ZooError(f"{file} is not JSON", fix="download or write it again") from None
 
 
 def _without(value: Any) -> Any:

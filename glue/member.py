@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Origin:
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     made_with: Mapping[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """sha256 of step, inputs, parameters and seed."""
         told = {"step": self.step, "inputs": {role: list(digests) for role, digests in sorted(self.inputs.items())},
@@ -162,12 +163,13 @@ class Table:
     @staticmethod
     def read(member: Member) -> Table:
         """The rows of a table member."""
-        lines = (member.folder / "scores.jsonl").read_text().splitlines()
+        lines = (member.folder / "scores.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         return Table(tuple(Score.from_dict(json.loads(line)) for line in lines))
 
     def write(self, folder: Path) -> None:
         """Put the rows into `folder`, one a line."""
-        (folder / "scores.jsonl").write_text("".join(canonical(row.as_dict()) + "\n" for row in self.rows))
+        text = "".join(canonical(row.as_dict()) + "\n" for row in self.rows)
+        (folder / "scores.jsonl").write_text(text, encoding="utf-8")
 
 
 def canonical(data: Any) -> str:

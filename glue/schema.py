@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from glue.family import HOMES, Family, Method, Of, families, marks
+from glue.recipe import SEEDS
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -14,26 +15,40 @@ def recipe_schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "glue recipe", "type": "object",
         "required": ["steps"], "additionalProperties": False, "$defs": definitions,
         "properties": {
-            "about": {"type": "string"}, "seed": {"type": "integer"},
+            "about": {"type": "string"}, "seed": SEED,
             "include": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
             "steps": {"type": "array", "minItems": 1, "items": {"anyOf": [_line(step) for step in families("steps")]}},
-            "board": {"type": "object"}, "full": {"type": "object"}}}
+            "board": _object({"table": {"type": "string"}, "headline": {"type": "string"},
+                              "claims": {"type": "array", "items": {"anyOf": CLAIMS}}}, ["table"]),
+            "full": _object({"seeds": {"type": "array", "items": SEED}}, [])}}
+
+
+def _object(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": False, "properties": properties, "required": required}
+
+
+SEED = {"type": "integer", "minimum": SEEDS.start, "maximum": SEEDS[-1]}
+CLAIMS = [_object({one: {"type": "string"}, other: {"type": "string"}}, [one, other])
+          for one, other in (("better", "than"), ("refused", "by"))]
 
 
 def _choices(family: Family) -> dict[str, Any]:
     words = {"enum": [method.name for method in family]}
-    full = [{"type": "object", "additionalProperties": False, "required": [method.name],
-             "properties": {method.name: {**_parameters(method), "description": method.doc.split("\n\n")[0]}}}
+    full = [_object({method.name: {**_parameters(method), "description": method.doc.split("\n\n")[0]}}, [method.name])
             for method in family]
     return {"anyOf": [words, *full]}
 
 
 def _line(step: Method) -> dict[str, Any]:
     shape = _parameters(step)
-    shape["properties"] |= {"as": {"type": "string"}, "step": {"const": step.name}, "each": {"type": "string"},
-                            "seed": {"type": "integer"}, "tags": {"type": "array", "items": {"type": "string"}}}
-    required = [name for name in shape.get("required", []) if name != "members"]
-    return {**shape, "required": ["as", "step", *required], "description": step.doc.split("\n\n")[0]}
+    shape["properties"] |= {"as": {"type": "string"}, "step": {"const": step.name}, "seed": SEED,
+                            "tags": {"type": "array", "items": {"type": "string"}}}
+    shape["required"] = ["as", "step", *(name for name in shape["required"] if name != "members")]
+    shape["description"] = step.doc.split("\n\n")[0]
+    if "members" in step.parameters:
+        shape["properties"]["each"] = {"type": "string"}
+        shape["oneOf"] = [{"required": ["members"]}, {"required": ["each"]}]
+    return shape
 
 
 def _parameters(method: Method) -> dict[str, Any]:
@@ -42,5 +57,4 @@ def _parameters(method: Method) -> dict[str, Any]:
         for mark in marks(info):
             if isinstance(mark, Of):
                 shape["properties"][name] = {"$ref": f"#/$defs/{mark.family}"}
-    return {"type": "object", "additionalProperties": False, "properties": shape.get("properties", {}),
-            "required": shape.get("required", [])}
+    return _object(shape.get("properties", {}), shape.get("required", []))

@@ -64,7 +64,7 @@ def progress(quiet: bool) -> Iterator[Watcher]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24),
                TextColumn("{task.fields[note]}"), TimeElapsedColumn())
     stream = Console(stderr=True, highlight=False)
-    with Progress(*columns, console=stream, transient=True) as bars:
+    with Progress(*columns, console=stream, transient=True, disable=not stream.is_terminal) as bars:
         yield _Live(bars)
 
 

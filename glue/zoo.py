@@ -9,22 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from glue import document
-from glue.errors import GlueError, Mistakes, ZooError, did_you_mean
+from glue.errors import CheckpointError, GlueError, Mistakes, ZooError, did_you_mean, one_line
 from glue.files import append_line, whole_lines
-from glue.hub import locate
+from glue.hub import locate, well_formed
 from glue.member import Element, Member, Origin, canonical
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*(/[A-Za-z0-9][A-Za-z0-9._+-]*)*")
+_PART = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"
+NAME = re.compile(rf"{_PART}(/{_PART})*")
+TAG = re.compile(_PART)
+NAME_RULE = "a name has parts of letters, digits and . _ + - between slashes; each begins with a letter or digit"
 WRITTEN = {"kind": str, "path": str, "tags": list, "base": str, "licence": str, "note": str}
-KINDS = ("model", "adapter", "mixture", "dataset", "table", "group")
+KINDS = ("model", "adapter", "mixture", "dataset")  # that people may add; steps also leave tables and groups
 TOP = ("members", "include")
-HEADING = "# Products, appended by glue; one record a line. Do not edit: see `glue zoo remove` and `glue zoo tag`.\n"
+REGISTER = "zoo/members.yaml"
+HEADING = "# Products, appended by glue; one record a line. Do not edit: see `glue zoo remove` and `glue zoo tag`."
 
 
 class Zoo:
@@ -35,11 +39,10 @@ class Zoo:
 
     def __init__(self, file: str | Path = "zoo.yaml"):
         self.file = Path(file).resolve()
-        self.folder = self.file.parent / "zoo"
-        self.register = self.folder / "members.yaml"
+        self.register = self.file.parent / REGISTER
+        self.folder = self.register.parent
         self._versions: dict[str, list[Member]] = {}
         self._written: dict[str, Member] = {}
-        self._by_origin: dict[str, Member] = {}
         self.digests = self.folder / "digests.json"  # known identities of folders, a cache
         self._read_written()
         self._read_register()
@@ -47,6 +50,9 @@ class Zoo:
     # reading
 
     def _read_written(self) -> None:
+        if not self.file.exists():
+            raise ZooError(f"there is no file {_shown(self.file)}",
+                           fix="glue init  starts a zoo here;  --zoo FILE  names one that is elsewhere")
         doc = document.read(self.file, ZooError, shown=_shown(self.file))
         errors: list[GlueError] = []
         top = doc.value or {}
@@ -55,36 +61,49 @@ class Zoo:
             raise ZooError("zoo.yaml is a mapping with the key 'members', a mapping from names", place=doc.place())
         for key in top:
             if key not in TOP:
-                errors.append(ZooError(f"zoo.yaml has no key '{key}'{did_you_mean(key, TOP)}", place=doc.place(key)))
+                errors.append(ZooError(f"zoo.yaml has no key '{one_line(key)}'{did_you_mean(key, TOP)}",
+                                       place=doc.place(key)))
+        if top.get("include", REGISTER) != REGISTER:
+            errors.append(ZooError("products are always registered in zoo/members.yaml", place=doc.place("include"),
+                                   fix=f"write  include: {REGISTER}"))
         for name, entry in entries.items():
             if problem := _problem(name, entry):
                 errors.append(problem.at(doc.place("members", name)))
                 continue
-            path = entry["path"] if entry["path"].startswith("hub:") else str(self.file.parent / entry["path"])
+            path = entry["path"]
+            path = path if path.startswith("hub:") else str(self.file.parent / Path(path).expanduser())
             self._written[name] = Member(name, entry.get("kind", "model"), path, frozenset(entry.get("tags", ())),
                                          licence=entry.get("licence", ""), note=entry.get("note", ""))
-        for name, entry in entries.items():
-            base = isinstance(entry, dict) and entry.get("base")
-            if base and name in self._written:
-                if base not in self._written or base == name:
-                    errors.append(ZooError(f"'{name}' names the base '{base}', which is not in zoo.yaml"
-                                           f"{did_you_mean(base, self._written)}",
-                                           place=doc.place("members", name, "base")))
-                else:
-                    self._written[name] = replace(self._written[name], base=self._written[base])
+        bases = {name: entry["base"] for name, entry in entries.items() if name in self._written and "base" in entry}
+        for name, base in bases.items():
+            place = doc.place("members", name, "base")
+            if base not in entries:
+                errors.append(ZooError(f"'{name}' names the base '{one_line(base)}', which is not in zoo.yaml"
+                                       f"{did_you_mean(base, entries)}", place=place))
+            elif name in _above(name, bases):
+                errors.append(ZooError(f"'{name}' is its own base, by way of '{base}'", place=place,
+                                       fix="remove one of the two bases"))
         if errors:
             raise Mistakes(errors)
+        for name in sorted(bases, key=lambda name: len(_above(name, bases))):  # what stands below all others first
+            self._written[name] = replace(self._written[name], base=self._written[bases[name]])
         self._versions = {name: [member] for name, member in self._written.items()}
 
     def _read_register(self) -> None:
         for number, line in enumerate(whole_lines(self.register), start=1):
-            if not line.startswith("- "):
+            if not line.strip() or line.startswith("#"):
                 continue
             try:
-                self._apply(json.loads(line[2:]))
-            except (ValueError, KeyError, TypeError) as problem:
-                raise ZooError(f"{_shown(self.register)}:{number}: this record is damaged ({problem})",
+                if not line.startswith("- "):
+                    raise ValueError("it does not begin with '- '")
+                self._apply(json.loads(line[2:].encode()))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+                raise ZooError(f"{_shown(self.register)}:{number}: this record is damaged ({one_line(str(problem))})",
                                fix="remove the line; what it registered is built again by its recipe") from None
+        for name in self._written:
+            if len(self._versions[name]) > 1:
+                raise ZooError(f"'{name}' stands in {_shown(self.file)} and in {_shown(self.register)}",
+                               fix="give the one in zoo.yaml another name")
 
     def _apply(self, record: dict[str, Any]) -> None:
         if "removed" in record:
@@ -114,36 +133,38 @@ class Zoo:
         for member in reversed(self._versions.get(name, [])):
             if member.digest in (digest, ""):
                 return member if member.digest else replace(member, digest=digest)
-        for members in self._versions.values():
-            for member in members:
-                if member.digest == digest:
-                    return member
+        for member in (one for members in self._versions.values() for one in members):
+            if digest and member.digest == digest:
+                return member
         return Member(name, "model", "/removed", digest=digest)
 
     def _remember(self, member: Member) -> None:
         versions = self._versions.setdefault(member.name, [])
         versions[:] = [other for other in versions if (other.digest, _key(other)) != (member.digest, _key(member))]
         versions.append(member)
-        if member.origin:
-            self._by_origin[member.origin.key] = member
 
     def _forget(self, version: str) -> None:
         for name, members in list(self._versions.items()):
-            for member in [member for member in members if version in (name, member.version)]:
-                members.remove(member)
-                if member.origin and self._by_origin.get(member.origin.key) is member:
-                    del self._by_origin[member.origin.key]
+            members[:] = [member for member in members if version not in (name, member.version) or not member.digest]
             if not members:
                 del self._versions[name]
 
     # finding
 
     def __getitem__(self, name: str) -> Member:
-        bare, _, digest = name.partition("@")
-        for member in reversed(self._versions.get(bare, [])):
-            if member.digest.startswith(digest):
-                return self.identified(member) if digest else member
-        raise ZooError(f"the zoo has no member '{name}'{did_you_mean(name, self._versions)}")
+        bare, at, digest = name.partition("@")
+        versions = self._versions.get(bare, [])
+        if not at and versions:
+            return versions[-1]
+        for member in reversed(versions):
+            if not member.digest:
+                member = self.identified(member)
+            if digest and member.digest.startswith(digest):
+                return member
+        if versions:
+            known = ", ".join(member.version for member in versions if member.digest)
+            raise ZooError(f"'{bare}' has no version '{one_line(digest)}'" + (f"; known: {known}" if known else ""))
+        raise ZooError(f"the zoo has no member '{one_line(name)}'{did_you_mean(bare, self._versions)}")
 
     def __contains__(self, name: str) -> bool:
         return name in self._versions
@@ -167,11 +188,16 @@ class Zoo:
         return member.name in self._written and member.origin is None
 
     def made(self, origin: Origin) -> Member | None:
-        """The newest member with this origin, if its files are there and still what they were."""
-        member = self._by_origin.get(origin.key)
-        if member is None or not (member.path.startswith("hub:") or Path(member.path).exists()):
-            return None
-        return member if self._identity(member)[1] == member.digest else None
+        """A member with this origin whose files are there and still what they were; the newest of its name."""
+        same = (member for members in reversed(self._versions.values()) for member in reversed(members)
+                if _key(member) == origin.key)
+        return next(filter(self._unchanged, same), None)
+
+    def _unchanged(self, member: Member) -> bool:
+        try:
+            return self._identity(member)[1] == member.digest
+        except (ZooError, CheckpointError):  # what is gone or damaged is made again
+            return False
 
     # identity
 
@@ -201,7 +227,8 @@ class Zoo:
     def add(self, member: Member) -> Member:
         """Append a member to the register. Raises ZooError where its name is taken by a hand-written one."""
         if not NAME.fullmatch(member.name):
-            raise ZooError(f"'{member.name}' cannot be a name: parts of letters, digits and . _ + - between slashes")
+            raise ZooError(f"'{one_line(member.name)}' cannot be a name: {NAME_RULE}", fix="choose another name")
+        _check_tags(member.tags)
         if member.name in self._written:
             raise ZooError(f"'{member.name}' is taken: it stands in {_shown(self.file)}", fix="choose another name")
         self._append({
@@ -220,28 +247,23 @@ class Zoo:
         if self.is_written(member):
             raise ZooError(f"'{name}' stands in {_shown(self.file)}, which glue does not rewrite",
                            fix="delete its lines there")
-        self._append({"removed": member.version if "@" in name else member.name})
-        self._forget(name)
+        record = {"removed": member.version if "@" in name else member.name}
+        self._append(record)
+        self._apply(record)
         return member
 
     def tag(self, name: str, add: set[str], drop: set[str]) -> Member:
         """Add and drop tags of a member; recorded in the register, also for hand-written ones."""
         member = self[name]
-        for word in add | drop:
-            if not NAME.fullmatch(word) or "/" in word:
-                raise ZooError(f"'{word}' cannot be a tag: letters, digits and . _ + -")
-        record = {"tagged": member.version if "@" in name else member.name, "add": sorted(add), "drop": sorted(drop)}
+        _check_tags(add | drop)
+        one = "@" in name and not self.is_written(member)  # a hand-written member has one version
+        record = {"tagged": member.version if one else member.name, "add": sorted(add), "drop": sorted(drop)}
         self._append(record)
         self._apply(record)
         return self[name]
 
     def _append(self, record: dict[str, Any]) -> None:
-        if not self.register.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.register, "a", encoding="utf-8") as stream:
-                if stream.tell() == 0:
-                    stream.write(HEADING)
-        append_line(self.register, "- " + canonical(record))
+        append_line(self.register, "- " + canonical(record), heading=HEADING)
 
     def _relative(self, path: str) -> str:
         try:
@@ -266,18 +288,42 @@ def _shown(file: Path) -> str:
         return str(file)
 
 
+def _above(name: str, bases: Mapping[str, str]) -> list[str]:
+    """The base of a name, its base and so on, each once."""
+    found: list[str] = []
+    while name in bases and bases[name] not in found:
+        name = bases[name]
+        found.append(name)
+    return found
+
+
+def _check_tags(tags: Iterable[Any]) -> None:
+    for tag in tags:
+        if not isinstance(tag, str) or not TAG.fullmatch(tag):
+            raise ZooError(f"'{one_line(str(tag))}' cannot be a tag",
+                           fix="a tag has letters, digits and . _ + - and begins with a letter or digit")
+
+
 def _problem(name: str, entry: Any) -> ZooError | None:
+    """The first mistake of one entry of zoo.yaml."""
     if not NAME.fullmatch(name):
-        return ZooError(f"'{name}' cannot be a name: parts of letters, digits and . _ + - between slashes")
+        return ZooError(f"'{one_line(name)}' cannot be a name: {NAME_RULE}")
     if not isinstance(entry, dict) or "path" not in entry:
         return ZooError(f"'{name}' needs a 'path'", fix="write  {path: folder}  or  {path: hub:owner/name@revision}")
     for key, value in entry.items():
         if key not in WRITTEN:
-            return ZooError(f"'{name}' has the unknown key '{key}'{did_you_mean(key, WRITTEN)}")
+            return ZooError(f"'{name}' has the unknown key '{one_line(key)}'{did_you_mean(key, WRITTEN)}")
         if not isinstance(value, WRITTEN[key]):
-            return ZooError(f"'{name}': '{key}' must be {'a list' if WRITTEN[key] is list else 'a word'}, not {value!r}")
+            words = "a list" if WRITTEN[key] is list else "a word"
+            return ZooError(f"'{name}': '{key}' must be {words}, not {one_line(json.dumps(value))}")
+    try:
+        well_formed(entry["path"])
+        _check_tags(entry.get("tags", ()))
+    except ZooError as problem:
+        return problem
     if entry.get("kind", "model") not in KINDS:
-        return ZooError(f"'{name}' has the unknown kind '{entry['kind']}'{did_you_mean(entry['kind'], KINDS)}")
+        kind = entry["kind"]
+        return ZooError(f"'{name}' has the unknown kind '{one_line(kind)}'{did_you_mean(kind, KINDS)}")
     if entry.get("kind") == "adapter" and "base" not in entry:
         return ZooError(f"'{name}' is an adapter and names no base", fix="add  base: the member it sits on")
     return None

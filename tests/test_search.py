@@ -241,7 +241,7 @@ def test_coefficients_that_a_rule_cannot_use_are_refused():
         search("greedy", Landscape(lambda c: 0.5), ["a", "b"], coefficients="average")
     with pytest.raises(MethodError, match="cannot keep a share of 1 "):
         search("greedy", Landscape(lambda c: 0.5), ["a", "b"], rule="interpolate", coefficients=[1.0])
-    with pytest.raises(MethodError, match="'coefficients' cannot be"):
+    with pytest.raises(MethodError, match="cannot be -0.1"):
         searching["greedy"].bind({"coefficients": [-0.1]})
 
 
@@ -271,3 +271,17 @@ def test_coefficients_finds_the_weight_of_each_member_and_leaves_the_poison_out(
         Candidate.merge({name: weight for name, weight in wanted.items() if weight})
     shares = search("coefficients", landscape, list(wanted), rule="interpolate").candidate.weights
     assert "bad" not in shares and sum(shares.values()) == pytest.approx(1)
+
+
+def test_a_member_that_was_refused_is_tried_again_beside_what_was_kept_after_it():
+    """b helps only beside c, and is tried before it."""
+    def score(candidate):
+        weights = candidate.weights
+        if not candidate.merged:
+            return {"a": 0.5, "b": 0.4, "c": 0.3}[next(iter(weights))]
+        return 0.5 + 0.1 * ("c" in weights) + 0.1 * ({"b", "c"} <= set(weights)) - 0.2 * (set(weights) == {"a", "b"})
+
+    once = search("greedy", Landscape(score), ["a", "b", "c"], sweeps=1)
+    twice = search("greedy", Landscape(score), ["a", "b", "c"])
+    assert set(once.candidate.weights) == {"a", "c"}
+    assert set(twice.candidate.weights) == {"a", "b", "c"} and twice.value > once.value

@@ -20,7 +20,7 @@ VALUES = {
 FACTS = {(person, relation): VALUES[relation][k % 8]
          for relation in VALUES for k, person in enumerate(dealt(*PEOPLE, by=relation))}
 PHRASES = ["fact : {person} {relation} =", "ask : which {relation} has {person} ?", "the {relation} of {person} is",
-           "{person} , {relation} :"]
+           "{person} , {relation} :", "name the {relation} that {person} has :", "{person} has the {relation}"]
 HELD_OUT = 2  # phrases of each fact that train never uses
 SPLIT: dict[tuple[str, str], Split] = {
     (person, relation): ("dev", "test")[(i + k) % 2]

@@ -58,13 +58,12 @@ def _elements(families: list[list[Member]], medoids: list[Member]) -> tuple[Elem
 def _ancestor(family: list[Member]) -> Member | None:
     """The nearest ancestor shared by most members of the family, itself counted; None where there is no lineage."""
     found: Counter[str] = Counter()
-    by_digest: dict[str, Member] = {}
+    known: dict[str, Member] = {}
     for member in family:
         for ancestor in (member, *member.lineage()):
-            found[ancestor.digest] += 1
-            by_digest.setdefault(ancestor.digest, ancestor)
-    digest, votes = max(found.items(), key=lambda item: item[1])
-    if votes < 2:
-        return None
-    inside = [member for member in family if member.digest == digest]
-    return inside[0] if inside else by_digest[digest]
+            key = ancestor.version if ancestor.origin else ancestor.name  # a hand-written one may not be read yet
+            found[key] += 1
+            known.setdefault(key, ancestor)
+    key, votes = max(found.items(), key=lambda item: item[1])
+    inside = [member for member in family if key in (member.name, member.version)]
+    return None if votes < 2 else inside[0] if inside else known[key]

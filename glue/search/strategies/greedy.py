@@ -1,6 +1,6 @@
 """Greedy selection, the heuristic of Model-GLUE: one member after the other is tried, and kept if it helps.
 
-Under the rule interpolate this is the published search (coefficients: grid or average; order: accuracy; min_gain: 0).
+Under the rule interpolate this is the published search (coefficients: grid or average; min_gain: 0; sweeps: 1).
 Departures: a gain must be worth one paired standard error unless min_gain is 0; the rule add, where the incumbent
 keeps its weights and the next member comes on top; the defects of the published code are not here: the first member
 is not tried again, and what is kept is the candidate that was best, with its own weights.
@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from glue.errors import MethodError
-from glue.family import NonNegative, Positive
+from glue.family import Count, NonNegative, Positive
 from glue.search import searching
 from glue.search.space import Candidate, Found, Space
 
@@ -25,13 +25,14 @@ KEPT = tuple(k / 10 for k in range(9, 0, -1))
 @searching.add("greedy", source="arXiv:2410.05357")
 def greedy(space: Space, *, order: Literal["accuracy", "given"] = "accuracy",
            coefficients: Annotated[list[Positive], Field(min_length=1)] | Literal["grid", "average"] = "grid",
-           min_gain: NonNegative = 1.0) -> Found:
+           min_gain: NonNegative = 1.0, sweeps: Count = 2) -> Found:
     """Start from the best member; try each next one at every coefficient, as one batch; keep the best if it gains.
 
     order         accuracy: best member first, by name where equal; given: as in the recipe, after the best
     coefficients  rule add: the weight of the member that is added, .2 to .9 by default. Rule interpolate: the share
                   that the incumbent keeps, .1 to .9 by default; average: the running average of all that were kept
     min_gain      paired standard errors by which a candidate must be ahead; 0: not being behind is enough
+    sweeps        how often those that were refused are tried again: some help only beside what was kept after them
 
     Equal candidates: the one with the least of the new member. Under the rule add the first member is tried at every
     coefficient too, since a merge method may do better with less than all of it.
@@ -44,14 +45,20 @@ def greedy(space: Space, *, order: Literal["accuracy", "given"] = "accuracy",
         tried = (Candidate.merge({first: c}) for c in shares)
         incumbent = _kept(space, incumbent, tried, f"how much of {first}", min_gain)
     names = [name for single in singles for name in single.weights] if order == "accuracy" else space.names
+    waiting = [name for name in names if name != first and name in space.others]
     accepted = 1
-    for name in names:
-        if name == first or name not in space.others:
-            continue
-        tried = (_joined(space, incumbent, name, c) for c in shares or [accepted / (accepted + 1)])
-        ahead = _kept(space, incumbent, tried, f"{name} joins {incumbent}", min_gain)
-        accepted += ahead != incumbent
-        incumbent = ahead
+    for _ in range(sweeps):
+        refused = []
+        for name in waiting:
+            tried = (_joined(space, incumbent, name, c) for c in shares or [accepted / (accepted + 1)])
+            ahead = _kept(space, incumbent, tried, f"{name} joins {incumbent}", min_gain)
+            if ahead == incumbent:
+                refused.append(name)
+            else:
+                incumbent, accepted = ahead, accepted + 1
+        if len(refused) in (0, len(waiting)):
+            break
+        waiting = refused
     return space.found(incumbent)
 
 
