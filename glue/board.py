@@ -79,6 +79,12 @@ def leaderboard(plan: Plan) -> Leaderboard:
     return Leaderboard(title, _items(rows[0]), rows, claims, headline)
 
 
+def plain(plan: Plan, table: Member) -> Leaderboard:
+    """The rows of a table that no recipe says anything about."""
+    rows = rows_of(Table.read(table), plan)
+    return Leaderboard(table.note, _items(rows[0]), rows, (), "")
+
+
 def rows_of(table: Table, plan: Plan) -> tuple[Row, ...]:
     """Scores as rows, best first; the same member under several names is one row."""
     by_digest: dict[str, dict[str, list[Score]]] = {}

@@ -56,28 +56,26 @@ def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
         workers: Annotated[int | None, typer.Option(help="Processes beside each other; default: one a core.")] = None,
         threads: Annotated[int, typer.Option(help="Threads of each process; more than one may change last bits.")] = 1,
         full: Annotated[bool, typer.Option(help="Run with each seed of the recipe's `full`; write boards.")] = False,
-        quiet: Quiet = False) -> None:
+        quiet: Quiet = False, as_json: Json = False) -> None:
     """Make everything a recipe asks for; what exists already is not made again."""
+    from glue.board import leaderboard
     from glue.recipe import read_recipe
-    from glue.show import print_board, progress
+    from glue.run import run as make
+    from glue.show import print_board, progress, write_boards
     from glue.workers import Workers
 
     seeds = read_recipe(recipe).full_seeds if full else (seed,)
     if not seeds:
         raise GlueError(f"{recipe} has no 'full: {{seeds: [...]}}'", fix="add it, or leave out --full")
-    boards = []
+    plans = []
     for one in seeds:
         read, found = read_recipe(recipe, seed=one), _zoo(zoo)
         with Workers(_cores() if workers is None else workers, threads) as pool, progress(quiet) as watcher:
-            from glue.run import run as make
-
-            plan = make(read, found, pool, watcher)
+            plans.append(make(read, found, pool, watcher))
         if read.board:
-            boards.append((read.seed, print_board(plan)))
-    if full and boards:
-        from glue.show import write_boards
-
-        print(f"written to {write_boards(recipe, boards)}")
+            print_board(leaderboard(plans[-1]), as_json)
+    if full and plans[0].recipe.board:
+        print(f"written to {write_boards(plans)}", file=sys.stderr)
 
 
 @app.command()
@@ -91,32 +89,35 @@ def plan(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None, as_json: Js
 
 
 @app.command()
-def board(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
+def board(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None, as_json: Json = False,
           markdown: Annotated[Path | None, typer.Option(help="Also write the board to this file.")] = None) -> None:
     """Show the leaderboard of a recipe that has been run. Reads, never runs."""
+    from glue.board import leaderboard
     from glue.board import markdown as lines
     from glue.files import write_aside
     from glue.plan import make_plan
     from glue.recipe import read_recipe
     from glue.show import print_board
 
-    shown = print_board(make_plan(read_recipe(recipe, seed=seed), _zoo(zoo)))
+    found = leaderboard(make_plan(read_recipe(recipe, seed=seed), _zoo(zoo)))
+    print_board(found, as_json)
     if markdown:
-        write_aside(markdown, "\n".join(lines(shown)) + "\n")
+        write_aside(markdown, "\n".join(lines(found)) + "\n")
 
 
 @app.command("eval")
 def evaluate(members: Annotated[list[str], typer.Argument(help="Names, or tag:x.")],
              suite: Annotated[str, typer.Option(help="A suite and split, such as tiny:test.")],
-             zoo: ZooFile = HERE, workers: int | None = None, quiet: Quiet = False) -> None:
+             zoo: ZooFile = HERE, workers: int | None = None, quiet: Quiet = False, as_json: Json = False) -> None:
     """Measure members on a suite with lm-eval, and show the table. The same as a recipe with one evaluate line."""
+    from glue.board import plain
     from glue.once import step
-    from glue.show import print_table, progress
+    from glue.show import print_board, progress
     from glue.workers import Workers
 
     with Workers(_cores() if workers is None else workers) as pool, progress(quiet) as watcher:
         done = step(_zoo(zoo), "scores", "evaluate", {"members": members, "suite": suite}, pool, watcher)
-    print_table(done, done["scores"])
+    print_board(plain(done, done["scores"]), as_json)
 
 
 @app.command()

@@ -212,7 +212,7 @@ def _line(wrong: _Wrong, recipe: str, k: int, entry: Any, seed: int) -> Line | N
             wrong(f"this step has no '{key}'{near if 'mean' in near else ''}", *at,
                   fix="write  - {as: name, step: merge, ...}")
     name, step = wrong.typed(entry, "as", str, "", *at), wrong.typed(entry, "step", str, "", *at)
-    if name and not NAME.fullmatch(name):
+    if isinstance(entry.get("as"), str) and not NAME.fullmatch(name):
         wrong(f"'{name}' cannot be a name: {NAME_RULE}", *at, "as",
               fix="products are stored under their names, so a name is no path")
     each = wrong.typed(entry, "each", str, None, *at)

@@ -92,7 +92,7 @@ class _Run:
         for task in plan:
             if task.state == "alias" and task.member is not None:
                 self.zoo.add(task.member)
-                self._note("alias", task, of=task.member.path)
+                self._note("alias", task, digest=task.member.digest)
 
     def _start_ready(self, plan: Plan, threads: ThreadPoolExecutor) -> None:
         under_way = {task.origin.key for task, _ in self.running.values() if task.origin}

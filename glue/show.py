@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table as Grid
 
-from glue.board import Leaderboard, leaderboard, markdown, rows_of
+from glue.board import Leaderboard, leaderboard, markdown
 from glue.family import HOMES, describe, families
 from glue.files import write_aside
-from glue.member import Member, Table
+from glue.member import Member
 from glue.plan import Plan, Task
 from glue.run import Watcher
 
@@ -118,9 +118,11 @@ def human(size: int) -> str:
     return f"{number:.1f} TB"
 
 
-def print_board(plan: Plan) -> Leaderboard:
-    """The leaderboard of a recipe, its claims and its closing line."""
-    board = leaderboard(plan)
+def print_board(board: Leaderboard, as_json: bool = False) -> None:
+    """A leaderboard, its claims and its closing line."""
+    if as_json:
+        print(json.dumps(board_data(board), indent=1))
+        return
     out = console()
     out.print()
     out.print(_grid(board))
@@ -130,7 +132,6 @@ def print_board(plan: Plan) -> Leaderboard:
         out.print(f"{'[green]✓[/]' if claim.holds else '[red]✗[/]'} {escape(claim.text)}")
     if board.headline:
         out.print(f"\n[bold]{escape(board.headline)}[/]")
-    return board
 
 
 def _grid(board: Leaderboard) -> Grid:
@@ -159,21 +160,30 @@ def _grid(board: Leaderboard) -> Grid:
     return grid
 
 
-def print_table(plan: Plan, member: Member) -> None:
-    """A table of scores that belongs to no board."""
-    rows = rows_of(Table.read(member), plan)
-    console().print(_grid(Leaderboard(member.note, 0, rows, (), "")))
-
-
-def write_boards(recipe: Path, boards: Sequence[tuple[int, Leaderboard]]) -> Path:
-    """All boards of a full run as one Markdown file in benchmarks/boards."""
-    file = Path("benchmarks/boards") / f"{recipe.stem}.md"
+def write_boards(plans: Sequence[Plan]) -> Path:
+    """The boards of a full run as one Markdown file in benchmarks/boards, and beside it what was made, as a log."""
+    recipe = plans[0].recipe
+    file = Path("benchmarks/boards") / f"{recipe.name}.md"
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f"# {recipe.stem}", "", f"Made by `glue run {recipe} --full`; do not edit.", ""]
-    for seed, board in boards:
-        lines += [f"## Seed {seed}", "", *markdown(board), ""]
+    made_with = next((task.member.origin.made_with for task in plans[0] if task.member and task.member.origin), {})
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(made_with.items()))
+    lines = [f"# {recipe.name}", "", f"Made by `glue run {recipe.file} --full`; do not edit.", "", versions, ""]
+    log = []
+    for plan in plans:
+        lines += [f"## Seed {plan.recipe.seed}", "", *markdown(leaderboard(plan)), ""]
+        log += [f"seed {plan.recipe.seed}  {task.member.version}  {task.member.note}" for task in plan if task.member]
     write_aside(file, "\n".join(lines))
+    write_aside(file.with_suffix(".log"), "\n".join(log) + "\n")
     return file
+
+
+def board_data(board: Leaderboard) -> dict[str, Any]:
+    """A leaderboard as plain data."""
+    return {"title": board.title, "items": board.items, "headline": board.headline,
+            "claims": [{"text": claim.text, "holds": claim.holds} for claim in board.claims],
+            "rows": [{"member": row.member, "others": list(row.others), "kind": row.kind, "mean": row.mean.value,
+                      "low": row.mean.low, "high": row.mean.high, "tasks": row.tasks, "seen": row.seen}
+                     for row in board.rows]}
 
 
 def print_members(members: Sequence[Member], as_json: bool) -> None:

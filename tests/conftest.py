@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,3 +43,19 @@ def word_tokenizer(words: dict[str, int]):
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def model_folder(tmp_path) -> Callable[..., Path]:
+    """model_folder("name", seed=1) writes one tensor of four numbers and a configuration; enough to have an identity."""
+    def make(name: str, *, seed: int = 0, config: str = '{"model_type": "llama"}') -> Path:
+        from glue.checkpoint import Header, Writer
+
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        with Writer(folder, {"w": Header(torch.float32, (4,))}) as writer:
+            writer.write("w", torch.arange(4.0) + seed)
+        (folder / "config.json").write_text(config)
+        return folder
+
+    return make

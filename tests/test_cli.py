@@ -47,7 +47,8 @@ def test_help_names_every_command(glue: Glue):
 def test_a_mistake_exits_with_2_and_shows_no_traceback(tmp_path: Path):
     (tmp_path / "zoo.yaml").write_text("members: {}\n")
     (tmp_path / "r.yaml").write_text("steps: [{as: a, step: mrege}]")
-    done = subprocess.run([sys.executable, "-m", "glue.cli", "run", "r.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "glue.cli", "run", "r.yaml"], cwd=tmp_path, capture_output=True,
+                          text=True)
     assert done.returncode == 2
     assert done.stderr == "r.yaml:1:17: there is no step 'mrege'; did you mean 'merge'?\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.yaml", "zoo.yaml"]

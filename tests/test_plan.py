@@ -88,17 +88,20 @@ MISTAKES = {
     "unknown method": ("steps: [{as: a, step: merge, members: [base], method: liner}]", "did you mean 'linear'"),
     "unknown parameter": ("steps: [{as: a, step: merge, members: [left], base: base, method: {ties: {densty: 1}}}]",
                           "did you mean 'density'"),
-    "unknown key of a step": ("steps: [{as: a, step: merge, membres: [base], method: linear}]", "did you mean 'members'"),
+    "unknown key of a step": ("steps: [{as: a, step: merge, membres: [base], method: linear}]",
+                              "did you mean 'members'"),
     "unknown member": ("steps: [{as: a, step: merge, members: [bse], method: linear}]", "did you mean 'base'"),
     "wrong type": ("steps: [{as: a, step: data, skill: kind, train: many}]", "whole number"),
     "out of range": ("steps: [{as: a, step: merge, members: [left], base: base, method: {ties: {density: 1.7}}}]",
                      "less than or equal to 1"),
     "duplicate name": (f"steps: [{DATA}, {DATA}]", "another name"),
     "bad YAML": ("steps:\n  - {as: a, step: data\n  - {as: b}", "missing colon, bracket or quote"),
-    "hostile tag": ("steps: [{as: a, step: data, skill: !!python/object/apply:os.system ['touch hit']}]", "remove the tag"),
+    "hostile tag": ("steps: [{as: a, step: data, skill: !!python/object/apply:os.system ['touch hit']}]",
+                    "remove the tag"),
     "name that is a path": ("steps: [{as: ../../etc/x, step: data, skill: kind, train: 5}]", "a name is no path"),
     "no base": ("steps: [{as: a, step: merge, members: [left, right], method: task_arithmetic}]", "add  base:"),
-    "shapes differ": ("steps: [{as: a, step: merge, members: [left, odd], method: linear}]", "run the cluster step first"),
+    "shapes differ": ("steps: [{as: a, step: merge, members: [left, odd], method: linear}]",
+                      "run the cluster step first"),
     "later step": (f"steps: [{{as: a, step: merge, members: [b], method: linear}}, {DATA.replace('words', 'b')}]",
                    "move that step up"),
     "test split": (f"steps: [{{as: a, step: search, members: [left], strategy: best, suite: tiny:test}}, {DATA}]",
@@ -225,8 +228,8 @@ def test_deferred_steps_have_their_words_checked_at_once(planned):
 
 def test_families_are_clustered_merged_by_family_and_named_after_their_root(ran, place):
     plan = ran(FAMILIES)
-    assert states(plan) == dict.fromkeys(["r/families", "r/merged/base", "r/merged/stranger", "r/merged/odd", "r/merged",
-                                          "r/again"], "done")
+    assert states(plan) == dict.fromkeys(["r/families", "r/merged/base", "r/merged/stranger", "r/merged/odd",
+                                          "r/merged", "r/again"], "done")
     families = {element.name: [one.name for one in element.members] for element in plan["families"].elements}
     assert families == {"base": ["base", "left", "right"], "stranger": ["stranger"], "odd": ["odd"]}
     alias = plan["merged/odd"]
@@ -236,7 +239,8 @@ def test_families_are_clustered_merged_by_family_and_named_after_their_root(ran,
 
 
 def test_a_group_under_members_means_all_of_it_or_what_has_one_shape(ran):
-    plan = ran(FAMILIES + "  - {as: same, step: merge, members: [{group: merged, where: same_shape}], method: linear}\n")
+    same = "  - {as: same, step: merge, members: [{group: merged, where: same_shape}], method: linear}\n"
+    plan = ran(FAMILIES + same)
     assert plan["same"].origin.names["members"] == ("r/merged/base", "r/merged/stranger")
     with pytest.raises(GlueError, match="only members of one shape can be merged"):
         ran(FAMILIES + "  - {as: all, step: merge, members: [merged], method: linear}\n")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 
 from glue.errors import MethodError, RunError
 from glue.workers import Workers
 
-HERE = "test_workers"
+HERE, FOLDER = "test_workers", str(Path(__file__).parent)
 
 
 def square(x: int, report=None) -> int:
@@ -37,9 +38,8 @@ def die(_: int) -> None:
 
 @pytest.fixture(params=[0, 2], ids=["in this process", "pool"])
 def workers(request, monkeypatch):
-    folder = os.path.dirname(__file__)
-    monkeypatch.syspath_prepend(folder)  # so that worker processes find this module too
-    monkeypatch.setenv("PYTHONPATH", folder)
+    monkeypatch.syspath_prepend(FOLDER)  # so that worker processes find this module too
+    monkeypatch.setenv("PYTHONPATH", FOLDER)
     with Workers(request.param) as made:
         yield made
 
@@ -72,7 +72,7 @@ def test_every_process_has_its_one_thread(workers: Workers):
 
 
 def test_a_worker_that_dies_is_told_as_such(monkeypatch):
-    monkeypatch.syspath_prepend(os.path.dirname(__file__))
-    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setenv("PYTHONPATH", FOLDER)
     with Workers(1) as workers, pytest.raises(RunError, match="worker process died"):
         workers.call(f"{HERE}:die", 1)

@@ -20,7 +20,8 @@ RECIPE = "steps:\n" + "".join(
 def start(place: Path, workers: int = 2) -> subprocess.Popen:
     """`glue run` in a session of its own, so that it can be signalled as a terminal does."""
     return subprocess.Popen([sys.executable, "-m", "glue.cli", "run", "r.yaml", "--workers", str(workers), "-q"],
-                            cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # CI may ignore it
 
 
