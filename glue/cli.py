@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,7 +117,9 @@ def evaluate(members: Annotated[list[str], typer.Argument(help="Names, or tag:x.
     from glue.workers import Workers
 
     with Workers(_cores() if workers is None else workers) as pool, progress(quiet) as watcher:
-        done = step(_zoo(zoo), "scores", "evaluate", {"members": members, "suite": suite}, pool, watcher)
+        found = _zoo(zoo)
+        names = [member.name for word in members for member in found.select(word)]  # a recipe's tag:x sees less
+        done = step(found, "scores", "evaluate", {"members": names, "suite": suite}, pool, watcher)
     print_board(plain(done, done["scores"]), as_json)
 
 
@@ -150,7 +153,7 @@ def schema() -> None:
 
 @app.command()
 def init(folder: Annotated[Path, typer.Argument(help="Where the new zoo shall be.")] = Path()) -> None:
-    """Start a zoo: a zoo.yaml, a suite folder and a first recipe. Overwrites nothing."""
+    """Start a zoo: a zoo.yaml and a first recipe. Overwrites nothing."""
     from glue.care import start
 
     for file in start(folder):
@@ -173,7 +176,10 @@ def show(name: str, zoo: ZooFile = HERE, as_json: Json = False) -> None:
     from glue.show import print_member
 
     found = _zoo(zoo)
-    print_member(found.identified(found[name]), found.versions(name.partition("@")[0]), as_json)
+    member = found[name]
+    with suppress(GlueError):  # one that is not on this machine has no digest, and all else can be told
+        member = found.identified(member)
+    print_member(member, found.versions(name.partition("@")[0]), as_json)
 
 
 @zoo_app.command()

@@ -42,6 +42,17 @@ def sync_folder(folder: Path) -> None:
 REPLACED = ".replaced-"
 
 
+def point(link: Path, folder: Path) -> None:
+    """Let a name point to a folder, whatever it pointed to before. Does nothing where the name is a folder itself."""
+    if link.is_dir() and not link.is_symlink():
+        return
+    link.parent.mkdir(parents=True, exist_ok=True)
+    draft = link.with_name(f".{link.name}.{os.getpid()}")
+    draft.unlink(missing_ok=True)
+    draft.symlink_to(os.path.relpath(folder, link.parent))
+    os.replace(draft, link)
+
+
 def publish(draft: Path, final: Path) -> Path | None:
     """Rename a finished folder into place, every file synced first.
 

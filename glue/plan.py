@@ -205,16 +205,24 @@ class _Planner:
         """Parameters that name members, resolved; and the names of what is not made yet."""
         arguments: dict[str, Any] = {}
         pending: list[str] = []
+        errors: list[GlueError] = []
         for name, info in choice.method.parameters.items():
             takes = next((mark for mark in marks(info) if isinstance(mark, Takes)), None)
             value = choice.params[name]
             if takes is None or value is None:
                 continue
-            found = self.finder.resolve(takes, value, line, name, element)
-            if isinstance(found, Pending):
-                pending += found.names
-            else:
-                arguments[name] = self._identified(found, line, name)
+            try:
+                found = self.finder.resolve(takes, value, line, name, element)
+                if isinstance(found, Pending):
+                    pending += found.names
+                else:
+                    arguments[name] = self._identified(found, line, name)
+            except Mistakes as error:
+                errors += error.errors
+            except GlueError as error:
+                errors.append(error)
+        if errors:
+            raise Mistakes(errors)
         return arguments, pending
 
     def _identified(self, value: Any, line: Line, name: str) -> Any:

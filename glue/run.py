@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from glue.errors import GlueError, RunError
-from glue.files import append_line, publish, write_aside
+from glue.files import append_line, point, publish, write_aside
 from glue.identity import identify, remember
 from glue.member import FOLDER_NOTE, Member, Origin, canonical
 from glue.plan import Plan, Task, make_plan
@@ -91,7 +91,7 @@ class _Run:
     def _register_aliases(self, plan: Plan) -> None:
         for task in plan:
             if task.state == "alias" and task.member is not None:
-                self.zoo.add(task.member)
+                self._add(task.member)
                 self._note("alias", task, digest=task.member.digest)
 
     def _start_ready(self, plan: Plan, threads: ThreadPoolExecutor) -> None:
@@ -116,7 +116,7 @@ class _Run:
             self._rest()
             raise RunError(f"{task.name} failed: {type(error).__name__}: {error}",
                            fix=f"the whole story is in {self.journal}", place=task.line.place("as")) from error
-        self.zoo.add(member)
+        self._add(member)
         seconds = time.monotonic() - began
         self._note("done", task, digest=member.digest, seconds=round(seconds, 2))
         self.watcher.finished(task, member, seconds)
@@ -128,9 +128,23 @@ class _Run:
             if future.cancel():
                 continue
             try:
-                self.zoo.add(future.result())
+                self._add(future.result())
             except Exception as error:  # the first failure is the one that is told
                 self._note("failed", task, error=str(error))
+
+    def _add(self, member: Member) -> None:
+        """Register a member, and let zoo/<its name> point to its folder; a group's name is the folder of its elements."""
+        self.zoo.add(member)
+        if member.kind != "group" and not member.path.startswith("hub:"):
+            link = self.zoo.folder / member.name
+            self._make_room(link)
+            point(link, Path(member.path))
+
+    def _make_room(self, path: Path) -> None:
+        """Where a name was a member's and is now a group's, the link that it was must not lead into that member."""
+        for above in path.parents:
+            if above.is_symlink() and self.zoo.folder in above.parents:
+                above.unlink()
 
     def _make(self, task: Task) -> Member:
         """Run one step into a draft folder and publish it."""
@@ -152,6 +166,7 @@ class _Run:
                 task.name, made.kind, str(final), frozenset(task.line.tags), made.base, origin, fingerprint, digest,
                 _licence(task.inputs), seen, made.elements, made.note))
         write_aside(draft / FOLDER_NOTE, canonical(_told(member)))
+        self._make_room(final)
         publish(draft, final)
         return member
 

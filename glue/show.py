@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rich.table import Table as Grid
 from glue.board import Leaderboard, leaderboard, markdown
 from glue.family import HOMES, describe, families
 from glue.files import write_aside
+from glue.hub import locate
 from glue.member import Member
 from glue.plan import Plan, Task
 from glue.run import Watcher
@@ -104,7 +105,7 @@ def _told(task: Task, plan: Plan) -> dict[str, Any]:
 
 
 def _size(path: str) -> int:
-    folder = Path(path)
+    folder = locate(path)
     return sum(file.stat().st_size for file in folder.glob("*") if file.is_file()) if folder.is_dir() else 0
 
 
@@ -165,7 +166,8 @@ def write_boards(plans: Sequence[Plan]) -> Path:
     recipe = plans[0].recipe
     file = Path("benchmarks/boards") / f"{recipe.name}.md"
     file.parent.mkdir(parents=True, exist_ok=True)
-    made_with = next((task.member.origin.made_with for task in plans[0] if task.member and task.member.origin), {})
+    first = next((task.member.origin for task in plans[0] if task.member and task.member.origin), None)
+    made_with: Mapping[str, str] = first.made_with if first else {}
     versions = ", ".join(f"{name} {version}" for name, version in sorted(made_with.items()))
     lines = [f"# {recipe.name}", "", f"Made by `glue run {recipe.file} --full`; do not edit.", "", versions, ""]
     log = []

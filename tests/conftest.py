@@ -47,7 +47,7 @@ def word_tokenizer(words: dict[str, int]):
 
 @pytest.fixture
 def model_folder(tmp_path) -> Callable[..., Path]:
-    """model_folder("name", seed=1) writes one tensor of four numbers and a configuration; enough to have an identity."""
+    """model_folder("name", seed=1) writes one tensor and a configuration: enough to have an identity."""
     def make(name: str, *, seed: int = 0, config: str = '{"model_type": "llama"}') -> Path:
         from glue.checkpoint import Header, Writer
 

@@ -266,7 +266,8 @@ def test_a_writer_takes_what_was_announced_once_and_all_of_it(tmp_path):
 
 
 def test_tensors_are_aligned_to_their_type_whatever_their_order(tmp_path):
-    write(tmp_path, {"u": torch.ones(3, dtype=torch.uint8), "d": torch.ones(2, dtype=torch.float64), "f": torch.ones(1)})
+    write(tmp_path, {"u": torch.ones(3, dtype=torch.uint8), "d": torch.ones(2, dtype=torch.float64),
+                     "f": torch.ones(1)})
     headers = read_header(tmp_path / "model.safetensors")
     assert all(header.start % header.dtype.itemsize == 0 for header in headers.values())
 

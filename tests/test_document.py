@@ -90,7 +90,8 @@ def test_bytes_that_are_not_utf8_are_pointed_at(tmp_path):
 def test_a_file_that_cannot_be_read_is_one_short_error(tmp_path):
     (tmp_path / "big.yaml").write_bytes(b"#" * (SIZE_LIMIT + 1))
     for path, said in ((tmp_path / "no.yaml", "there is no file"), (tmp_path, "is a folder"),
-                       (tmp_path / ("x" * 5000), "there is no file|cannot be read"), (tmp_path / "big.yaml", "is larger than"), (tmp_path / "a\0b", "a\\x00b")):
+                       (tmp_path / ("x" * 5000), "there is no file|cannot be read"),
+                       (tmp_path / "big.yaml", "is larger than"), (tmp_path / "a\0b", "a\\x00b")):
         with pytest.raises(RecipeError, match=said.replace("\\", "\\\\")):
             read(path, RecipeError)
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from glue.files import BLOCK, append_line, publish, whole_lines, write_aside
 
 
-@given(kept=st.lists(st.text().filter(lambda line: "\n" not in line)), torn=st.binary().filter(lambda b: b"\n" not in b))
+@given(kept=st.lists(st.text().filter(lambda line: "\n" not in line)),
+       torn=st.binary().filter(lambda data: b"\n" not in data))
 def test_a_torn_last_line_is_not_seen_and_is_cut_off_by_the_next(tmp_path_factory, kept, torn):
     file = tmp_path_factory.mktemp("torn") / "lines"
     for line in kept:

@@ -208,6 +208,21 @@ def test_the_bare_name_is_what_the_recipe_made_last(ran, place):
     assert Zoo(place / "zoo.yaml")["r/sum"].digest == first.digest
 
 
+def test_a_name_in_the_zoo_points_to_the_newest_version(ran, place):
+    first = ran(MERGES)["sum"]
+    assert (place / "zoo/r/sum").resolve() == Path(first.path)
+    second = ran(MERGES.replace("weight: 0.5", "weight: 0.6"))["sum"]
+    assert (place / "zoo/r/sum").resolve() == Path(second.path) != Path(first.path)
+
+
+def test_a_name_that_becomes_a_group_does_not_write_into_the_member_it_was(ran, place):
+    member = ran("steps: [{as: merged, step: merge, members: [left, right], method: linear}]")["merged"]
+    before = sorted(path.name for path in Path(member.path).iterdir())
+    ran(FAMILIES)
+    assert sorted(path.name for path in Path(member.path).iterdir()) == before
+    assert (place / "zoo/r/merged").is_dir() and not (place / "zoo/r/merged").is_symlink()
+
+
 FAMILIES = """
 steps:
   - {as: families, step: cluster, members: [tag:all], threshold: 0.8}

@@ -15,7 +15,8 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 GOOD = """\
 seed: 1
 steps:
-  - {as: a, step: search, members: [x], suite: "tiny:dev", strategy: {greedy: {coefficients: [0.5]}}, merge: {ties: {lambda: 2}}}
+  - {as: a, step: search, members: [x], suite: "tiny:dev", strategy: {greedy: {coefficients: [0.5]}},
+     merge: {ties: {lambda: 2}}}
   - {as: b, step: merge, each: a, method: {linear: {weight: {x: 1, y: 2.5}}}, tags: [t], seed: 3}
   - {as: c, step: evaluate, members: [a, b], suite: "tiny:test"}
 board: {table: c, headline: a, claims: [{better: a, than: b}, {refused: x, by: a}]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Literal
+from typing import Any, Literal
 
 from glue.errors import ZooError
 from glue.family import Probability
@@ -15,13 +15,22 @@ Linkage = Literal["leader", "single", "average", "complete"]
 Part = Literal["all", "attention", "mlp"]
 
 
-@steps.add("cluster", makes="group", named=True, source="arXiv:2410.05357")
+def readable(members: list[Member], **_: Any) -> None:
+    """Weights that can be read without running code; looks at headers alone."""
+    from glue.kinds import weights
+
+    for member in members:
+        weights(member)
+
+
+@steps.add("cluster", makes="group", named=True, check=readable, source="arXiv:2410.05357")
 def cluster(job: Job, *, members: Many, threshold: Probability = 0.95,
             linkage: Linkage = "average", part: Part = "all") -> Made:
     """Every member in exactly one family: alike above the threshold, and of one architecture.
 
-    Similarity is Model-GLUE's: the cosine of weight columns, averaged over attention and MLP matrices. A family's
-    root is the ancestor that most of its members declare or were made from, or else its medoid.
+    Similarity is Model-GLUE's: the cosine of weight columns, averaged over attention and MLP matrices. Members that
+    could not be merged, because any tensor differs in shape, are in different families, also where only the number of
+    tokens differs. A family's root is the ancestor that most of its members declare or were made from, or its medoid.
     """
     similar, families, medoids = job.workers.call("glue.steps.cluster:work", members, threshold, linkage, part)
     elements = _elements([[members[k] for k in family] for family in families], [members[k] for k in medoids])
@@ -36,10 +45,15 @@ def work(members: list[Member], threshold: float, linkage: Linkage, part: Part) 
     import numpy as np
 
     from glue.cluster.linkage import clusters, medoid
-    from glue.cluster.similarity import similarity
+    from glue.cluster.similarity import compatible, similarity
     from glue.kinds import weights
 
-    alike = similarity([weights(member) for member in members], part=part)
+    sources = [weights(member) for member in members]
+    alike = similarity(sources, part=part)
+    for i, one in enumerate(sources):
+        for j, other in enumerate(sources[:i]):
+            if compatible(one, other):
+                alike[i, j] = alike[j, i] = np.nan
     families = clusters(alike, threshold, linkage)
     rows = [[None if np.isnan(value) else float(value) for value in row] for row in alike]
     return rows, families, [medoid(alike, family) for family in families]
