@@ -176,7 +176,7 @@ class _Planner:
         inputs = tuple(_members(arguments))
         task = Task(name, line, line.step, makes, "ready", (), choice, arguments, origin, None, inputs)
         lone = method.traits.get("lone") and element is not None and len(arguments["members"]) == 1
-        member = self.zoo.made(origin)
+        member = self.zoo.made(origin, name)
         if member is None and lone:
             return replace(task, state="alias", makes=arguments["members"][0].kind,
                            member=replace(arguments["members"][0], name=name, origin=origin, tags=frozenset(line.tags)))
@@ -199,7 +199,7 @@ class _Planner:
         origin = Origin(GROUP, {"members": tuple(member.digest for member in members)},
                         {"names": [item.name for item in made]}, 0, {"members": tuple(m.name for m in members)})
         task = Task(line.product, line, line.step, "group", "ready", (), None, {}, origin, None, members, made)
-        return self._found(task, self.zoo.made(origin))
+        return self._found(task, self.zoo.made(origin, task.name))
 
     def _resolve(self, line: Line, choice: Choice, element: Element | None) -> tuple[dict[str, Any], list[str]]:
         """Parameters that name members, resolved; and the names of what is not made yet."""

@@ -133,7 +133,7 @@ class _Run:
                 self._note("failed", task, error=str(error))
 
     def _add(self, member: Member) -> None:
-        """Register a member, and let zoo/<its name> point to its folder; a group's name is the folder of its elements."""
+        """Register a member, and let zoo/<its name> point to its folder; a group's name holds its elements."""
         self.zoo.add(member)
         if member.kind != "group" and not member.path.startswith("hub:"):
             link = self.zoo.folder / member.name
@@ -167,7 +167,8 @@ class _Run:
                 _licence(task.inputs), seen, made.elements, made.note))
         write_aside(draft / FOLDER_NOTE, canonical(_told(member)))
         self._make_room(final)
-        publish(draft, final)
+        if kept := publish(draft, final):
+            self._note("kept", task, folder=kept.name)  # what had been changed by hand there
         return member
 
     def _made(self, task: Task, draft: Path) -> Made:

@@ -187,11 +187,11 @@ class Zoo:
         """Whether the member stands in zoo.yaml."""
         return member.name in self._written and member.origin is None
 
-    def made(self, origin: Origin) -> Member | None:
-        """A member with this origin whose files are there and still what they were; the newest of its name."""
-        same = (member for members in reversed(self._versions.values()) for member in reversed(members)
-                if _key(member) == origin.key)
-        return next(filter(self._unchanged, same), None)
+    def made(self, origin: Origin, name: str = "") -> Member | None:
+        """A member with this origin whose files are there and still what they were; the one called `name` first."""
+        same = [member for members in reversed(self._versions.values()) for member in reversed(members)
+                if _key(member) == origin.key]
+        return next(filter(self._unchanged, sorted(same, key=lambda member: member.name != name)), None)
 
     def _unchanged(self, member: Member) -> bool:
         try:

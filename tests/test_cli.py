@@ -165,8 +165,10 @@ def median(leaf):
     (info / "entry_points.txt").write_text("[glue.methods]\nmedian = glue_median\n")
     (tmp_path / "m.yaml").write_text("steps: [{as: a, step: merge, members: [x], method: median}]")
     (tmp_path / "zoo.yaml").write_text("members: {x: {path: x}}\n")
-    for words, expected in ((["methods", "merging"], "median"), (["schema"], '"median"')):
-        done = subprocess.run([sys.executable, "-m", "glue.cli", *words], cwd=tmp_path, capture_output=True, text=True,
+    table = "from glue.docs import reference; print(*reference())"
+    for words, expected in ((["-m", "glue.cli", "methods", "merging"], "median"), (["-c", table], "median"),
+                            (["-m", "glue.cli", "schema"], '"median"')):
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True,
                               env={"PYTHONPATH": str(tmp_path / "plugin"), "PATH": ""}, check=True)
         assert expected in done.stdout
     done = subprocess.run([sys.executable, "-m", "glue.cli", "plan", "m.yaml"], cwd=tmp_path, capture_output=True,

@@ -68,8 +68,9 @@ def test_a_wrong_word_of_a_union_is_answered_with_all_that_it_may_be(brewing):
 def test_the_deepest_wrong_value_is_the_one_that_is_named(brewing):
     for given, word, loc in (({"grid": [1, -2]}, "grid[1]", ("grid", 1)),
                              ({"strength": {"a": 7}}, "strength.a", ("strength", "a")),
+                             ({"strength": {"b": 1, "a": "x"}}, "strength.a", ("strength", "a")),
                              ({"strength": [0.5, 3]}, "strength[1]", ("strength", 1))):
-        with pytest.raises(MethodError, match="greater|less") as caught:
+        with pytest.raises(MethodError, match="greater|less|valid number") as caught:
             brewing.choose({"tea": given})
         assert f"'{word}' cannot be" in str(caught.value) and caught.value.loc == ("tea", *loc)
 

@@ -132,7 +132,8 @@ def test_planning_the_quickstart_imports_nothing_heavy(tmp_path: Path):
     (tmp_path / "zoo.yaml").write_text("members: {}\n")
     for name in ("benchmarks", "recipes"):
         (tmp_path / name).symlink_to(ROOT.parent / name)
-    code = ("import sys; from glue.plan import make_plan; from glue.recipe import read_recipe; from glue.zoo import Zoo\n"
+    code = ("import sys; from glue.plan import make_plan; from glue.recipe import read_recipe\n"
+            "from glue.zoo import Zoo\n"
             "plan = make_plan(read_recipe('recipes/quickstart.yaml'), Zoo('zoo.yaml'))\n"
             f"print(len(plan.tasks), [name for name in {HEAVY} if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)

@@ -209,9 +209,9 @@ def write(choice: Choice, members: Sequence[Source], base: Source | None, folder
     merge = prepared(choice, members, base, seed=seed, out_dtype=out_dtype)
     done, total = 0, sum(header.nbytes for header in merge.headers.values())
     folder.mkdir(parents=True, exist_ok=True)
-    writer = Writer(folder, merge.headers, shard_size=shard_size)
-    for name, header in merge.headers.items():
-        writer.write(name, merge.tensor(name))
-        done += header.nbytes
-        report(done, total)
-    return writer.close()
+    with Writer(folder, merge.headers, shard_size=shard_size) as writer:
+        for name, header in merge.headers.items():
+            writer.write(name, merge.tensor(name))
+            done += header.nbytes
+            report(done, total)
+        return writer.close()

@@ -46,12 +46,12 @@ def build(out: Path, experts: Sequence[Member], router: Choice, site: Site, *,
 
     out.mkdir(parents=True, exist_ok=True)
     _write_frame(out, config, experts[site.reader])
-    writer = Writer(out, headers, shard_size=shard_size)
-    for name, (source, part) in taken.items():
-        writer.write(name, source[part])
-    for name, tensor in routing.items():
-        writer.write(name, tensor)
-    return writer.close()
+    with Writer(out, headers, shard_size=shard_size) as writer:
+        for name, (source, part) in taken.items():
+            writer.write(name, source[part])
+        for name, tensor in routing.items():
+            writer.write(name, tensor)
+        return writer.close()
 
 
 def check(experts: Sequence[Member]) -> None:
