@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,6 +18,7 @@ from glue.identity import identify
 from glue.member import FOLDER_NOTE, Member
 from glue.zoo import KINDS, NAME, NAME_RULE, Zoo
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 ZOO_YAML = """\
 # Members written by hand. glue reads this file and never rewrites it; products are registered in zoo/members.yaml.
 members:
@@ -45,11 +47,14 @@ def start(folder: Path) -> Iterator[Path]:
 
 
 def added(zoo: Zoo, path: str, name: str | None, kind: str, base: str | None, tags: set[str], licence: str) -> Member:
-    """Register a folder or a hub path that exists on this machine. Raises ZooError where it does not."""
+    """Register a folder, or a model of the hub that is on this machine: hub:owner/name, or owner/name where no folder
+    is called so. Raises ZooError where it is not there."""
     if kind not in KINDS:
         raise ZooError(f"there is no kind '{kind}'{did_you_mean(kind, KINDS)}")
     if kind == "adapter" and base is None:
         raise ZooError("an adapter needs its base", fix="add  --base NAME")
+    if HUB_NAME.fullmatch(path) and not Path(path).exists():
+        path = f"hub:{path}"
     place = path if path.startswith("hub:") else str(Path(path).resolve())
     folder = locate(place)
     if kind == "model" and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():

@@ -183,7 +183,7 @@ def show(name: str, zoo: ZooFile = HERE, as_json: Json = False) -> None:
 
 
 @zoo_app.command()
-def add(path: Annotated[str, typer.Argument(help="A folder, or hub:owner/name@revision.")],
+def add(path: Annotated[str, typer.Argument(help="A folder, or owner/name[@revision] on the hub.")],
         name: Annotated[str | None, typer.Option(help="Default: the last part of the path.")] = None,
         kind: str = "model", base: Annotated[str | None, typer.Option(help="The member it derives from.")] = None,
         tag: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,

@@ -121,6 +121,13 @@ def test_add_takes_a_folder_and_zoo_yaml_stays_as_it_is(glue: Glue, tmp_path: Pa
     assert code == 2 and "does not exist" in err
 
 
+def test_adding_a_model_of_the_hub_that_is_not_here_says_how_to_get_it(glue: Glue, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    code, _, err = glue("zoo", "add", "some-owner/some-model@main")
+    assert code == 2 and "some-owner/some-model@main is not on this machine" in err
+    assert "hf download some-owner/some-model --revision main" in err
+
+
 def test_removing_a_hand_written_member_is_refused_with_the_way_to_do_it(glue: Glue, tmp_path: Path):
     (tmp_path / "zoo.yaml").write_text("members: {mine: {path: somewhere, kind: dataset}}\n")
     code, _, err = glue("zoo", "remove", "mine")

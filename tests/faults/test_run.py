@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -112,3 +113,16 @@ def test_two_runs_at_once_lose_nothing(place):
     assert first.wait(120) == 0 and second.wait(120) == 0
     assert len(registered(folder)) == 12
     assert {name.split("/")[0] for name in registered(folder)} == {"r", "s"}
+
+
+def test_a_disk_that_is_full_fails_one_task_and_the_next_run_goes_on(place):
+    folder = place("here")
+    command = [sys.executable, "-m", "glue.cli", "run", "r.yaml", "--workers", "0", "-q"]
+    limit = (1_000_000, 1_000_000)  # bytes a file may have; the datasets are larger
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True,
+                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert run.returncode == 2
+    assert "r.yaml:2:6: r/d0 failed: OSError" in run.stderr and "Traceback" not in run.stderr
+    assert registered(folder) == {}
+    assert subprocess.run(command, cwd=folder).returncode == 0
+    assert len(registered(folder)) == 6 and not list((folder / "zoo/.drafts").iterdir())

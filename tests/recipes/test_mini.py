@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from glue.board import leaderboard
-from glue.member import Table
+from glue.member import FOLDER_NOTE, Table
 from glue.plan import Plan, make_plan
 from glue.recipe import read_recipe
 from glue.run import run
+from glue.steps import steps
 from glue.workers import Workers
 from glue.zoo import Zoo
 
@@ -127,3 +128,15 @@ def test_every_recipe_can_be_planned_on_an_empty_zoo(recipe: str, place: Path, t
     plan = make_plan(read_recipe(place / recipe), Zoo(tmp_path / "zoo.yaml"))
     assert len(plan.tasks) > 3 and not any(task.state == "done" for task in plan)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmarks", "zoo.yaml"]
+
+
+def test_every_step_leaves_one_member_whose_folder_tells_its_origin(plan: Plan):
+    used = {task.step for task in plan}
+    assert used == {method.name for method in steps}
+    for task in plan:
+        assert task.member and task.member.origin and task.origin and task.member.origin.key == task.origin.key
+        if not task.folder(plan.zoo).exists():  # a family of one: its only member under a new name
+            assert (task.member.digest,) == task.member.origin.inputs["members"]
+            continue
+        note = json.loads((task.folder(plan.zoo) / FOLDER_NOTE).read_text())
+        assert (note["key"], note["kind"], note["name"]) == (task.origin.key, task.member.kind, task.name)
