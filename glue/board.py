@@ -148,7 +148,7 @@ def markdown(board: Leaderboard) -> Iterator[str]:
     tasks = list(board.rows[0].tasks)
     yield f"### {board.title}"
     yield ""
-    yield f"| member | kind | mean of tasks, 95 % interval | {' | '.join(tasks)} |"
+    yield f"| member | type | mean of tasks, 95 % interval | {' | '.join(tasks)} |"
     yield f"|---|---|---|{'---|' * len(tasks)}"
     for row in board.rows:
         seen = " (searched on these items)" if row.seen else ""

@@ -140,7 +140,7 @@ def _grid(board: Leaderboard) -> Grid:
     grid = Grid(title=board.title, title_justify="left", box=None, pad_edge=False)
     grid.add_column("#", justify="right", style="dim")
     grid.add_column("member", overflow="fold", max_width=44)
-    grid.add_column("kind", style="dim")
+    grid.add_column("type", style="dim")
     grid.add_column("mean", justify="right", style="bold")
     grid.add_column("95 %", style="dim", no_wrap=True)
     grid.add_column("")
