@@ -3,6 +3,7 @@
     GlueError              anything a user can cause; the command line prints it without a traceback, exit code 2
     ├── RecipeError        the words of a recipe
     ├── ZooError           zoo.yaml, the register of products, a member that is not there
+    │   └── NotHere        a member of the hub that is not on this machine
     ├── CheckpointError    weight files
     ├── MethodError        a registered method and its parameters
     ├── SuiteError         a suite, its task files and its data
@@ -55,6 +56,14 @@ class RecipeError(GlueError):
 
 class ZooError(GlueError):
     """zoo.yaml, the register of products, or a member that is not there."""
+
+
+class NotHere(ZooError):
+    """A member of the hub that is not on this machine; `command` gets it."""
+
+    def __init__(self, name: str, command: str):
+        super().__init__(f"{name} is not on this machine", fix=f"get it with  {command}")
+        self.command = command
 
 
 class CheckpointError(GlueError):

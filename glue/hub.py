@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from glue.errors import ZooError, one_line
+from glue.errors import NotHere, ZooError, one_line
 
 _WORD = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
 HUB = re.compile(rf"hub:{_WORD}(/{_WORD})?(@[A-Za-z0-9][A-Za-z0-9._/-]*)?")
@@ -39,7 +39,6 @@ def locate(path: str) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision or None, local_files_only=True))
     except LocalEntryNotFoundError:
-        raise ZooError(f"{name}{'@' + revision if revision else ''} is not on this machine",
-                       fix=f"get it with  hf download {name}{option}") from None
+        raise NotHere(f"{name}{'@' + revision if revision else ''}", f"hf download {name}{option}") from None
     except HFValidationError as problem:
         raise ZooError(f"'{path}' is no hub path: {one_line(str(problem))}", fix=_FIX) from None

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from glue.errors import GlueError, MethodError, Mistakes, RecipeError, ZooError
+from glue.errors import GlueError, MethodError, Mistakes, NotHere, RecipeError, ZooError
 from glue.family import Choice, Method, marks
 from glue.find import Finder, Outcome, Pending
 from glue.member import Element, Member, Origin
@@ -65,23 +65,16 @@ class Plan:
 
     @property
     def done(self) -> bool:
+        """Whether nothing is left to do."""
         return all(task.state == "done" for task in self.tasks)
 
     def __getitem__(self, word: str) -> Member:
         """The member that a word of this recipe means, once it is made."""
-        return _last_finder(self)(word)
-
-
-def _last_finder(plan: Plan):
-    outcomes = {task.name: Outcome(task.member, task.makes, frozenset(task.line.tags)) for task in plan.tasks}
-    finder = Finder(plan.zoo, plan.recipe, outcomes)
-
-    def find(word: str) -> Member:
-        found = finder.one(word, plan.recipe.name)
+        outcomes = {task.name: Outcome(task.member, task.makes, frozenset(task.line.tags)) for task in self.tasks}
+        found = Finder(self.zoo, self.recipe, outcomes).one(word, self.recipe.name)
         if isinstance(found, Pending):
-            raise RecipeError(f"'{word}' has not been made yet", fix=f"glue run {plan.recipe.file}")
+            raise RecipeError(f"'{word}' has not been made yet", fix=f"glue run {self.recipe.file}")
         return found
-    return find
 
 
 def make_plan(recipe: Recipe, zoo: Zoo) -> Plan:
@@ -96,16 +89,13 @@ def make_plan(recipe: Recipe, zoo: Zoo) -> Plan:
 
 def _gathered(errors: list[GlueError]) -> list[GlueError]:
     """Errors once each; all members that are not on this machine as one, with all commands that get them."""
-    told: dict[str, GlueError] = {}
-    missing: dict[str, GlueError] = {}
-    for error in errors:
-        (missing if "is not on this machine" in error.what else told).setdefault(f"{error.place}{error.what}", error)
-    if missing:
-        fixes = list(dict.fromkeys(error.fix.removeprefix("get it with  ") for error in missing.values()))
-        told["missing"] = ZooError(f"{len(fixes)} members are not on this machine",
-                                   place=next(iter(missing.values())).place,
-                                   fix="get them with\n    " + "\n    ".join(fixes))
-    return list(told.values())
+    told = {str(error): error for error in errors if not isinstance(error, NotHere)}
+    missing = [error for error in errors if isinstance(error, NotHere)]
+    if not missing:
+        return list(told.values())
+    commands = dict.fromkeys(error.command for error in missing)
+    return [*told.values(), ZooError(f"{len(commands)} members are not on this machine", place=missing[0].place,
+                                     fix="\n    ".join(["get them with", *commands]))]
 
 
 class _Planner:
@@ -143,9 +133,7 @@ class _Planner:
         except Mistakes as error:
             self.errors += error.errors
         except GlueError as error:
-            place = error.place or line.place(*getattr(error, "loc", ()) or ("step",))
-            kind = ZooError if isinstance(error, ZooError) else RecipeError
-            self.errors.append(kind(error.what, fix=error.fix, place=place))
+            self.errors.append(error.at(line.place(*getattr(error, "loc", ()) or ("step",))))
         self.outcomes[line.product] = outcome
 
     def _expand(self, line: Line, method: Method, choice: Choice) -> None:
