@@ -54,7 +54,7 @@ def main() -> None:
 
 @app.command()
 def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
-        workers: Annotated[int | None, typer.Option(help="Processes beside each other; default: one a core.")] = None,
+        workers: Annotated[int | None, typer.Option(help="Processes; default: one a core, at most 4.")] = None,
         threads: Annotated[int, typer.Option(help="Threads of each process; more than one may change last bits.")] = 1,
         full: Annotated[bool, typer.Option(help="Run with each seed of the recipe's `full`; write boards.")] = False,
         quiet: Quiet = False, as_json: Json = False) -> None:
@@ -240,7 +240,8 @@ def _zoo(file: Path) -> Any:
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that are ours, at most 4: each worker may hold a whole model."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 if __name__ == "__main__":

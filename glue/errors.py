@@ -7,8 +7,7 @@
     ├── CheckpointError    weight files
     ├── MethodError        a registered method and its parameters
     ├── SuiteError         a suite, its task files and its data
-    ├── RunError           a task that failed while it ran; the run can be resumed
-    └── MissingExtra       an optional package that is not installed
+    └── RunError           a task that failed while it ran; the run can be resumed
 """
 
 from __future__ import annotations
@@ -82,14 +81,6 @@ class SuiteError(GlueError):
 
 class RunError(GlueError):
     """A task that failed while it ran; what was finished is kept."""
-
-
-class MissingExtra(GlueError):
-    """An optional package that is not installed."""
-
-    def __init__(self, package: str, extra: str):
-        super().__init__(f"this needs the package '{package}', which is not installed",
-                         fix=f"pip install 'glue[{extra}]'")
 
 
 class Mistakes(GlueError):

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from glue.errors import GlueError, MethodError, MissingExtra, Mistakes, Place, did_you_mean, one_line
+from glue.errors import GlueError, MethodError, Mistakes, NotHere, Place, did_you_mean, one_line
 
 
 def test_an_error_says_where_what_and_the_fix():
@@ -25,7 +25,7 @@ def test_mistakes_that_have_no_place_yet_get_one_each():
 
 
 @pytest.mark.parametrize("error", [
-    GlueError("a", fix="b", place=Place("f", 1, 2)), MissingExtra("ray", "ray"),
+    GlueError("a", fix="b", place=Place("f", 1, 2)), NotHere("a/b", "hf download a/b"),
     Mistakes([GlueError("a", place=Place("f", 1, 2)), MethodError("b", fix="c")])])
 def test_an_error_survives_the_trip_from_a_worker(error):
     back = pickle.loads(pickle.dumps(error))
