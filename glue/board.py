@@ -70,11 +70,10 @@ def leaderboard(plan: Plan) -> Leaderboard:
     if first is not None:
         better, than = _row(plan, first["better"], by_name), _row(plan, first["than"], by_name)
         gap = difference(better.results, than.results)
-        names = f"{first['better']} {'beats' if gap.low > 0 else 'does not clearly beat'} {first['than']}"
-        if first["than"] != than.member:
-            names += f" ({than.member})"
-        headline = (f"{names} by {_points(gap)} points: {better.mean.value:.1%} against {than.mean.value:.1%} "
-                    f"on {_items(better)} items")
+        of = f" ({than.member})" if first["than"] != than.member else ""
+        verb, by = ("beats", " by") if gap.low > 0 else ("does not clearly beat", ":")
+        headline = (f"{first['better']} {verb} {first['than']}{of}{by} {_points(gap)} points: "
+                    f"{better.mean.value:.1%} against {than.mean.value:.1%} on {_items(better)} items")
     title = f"{plan.recipe.name}: {table.note}"
     return Leaderboard(title, _items(rows[0]), rows, claims, headline)
 
