@@ -13,9 +13,10 @@ import pytest
 
 from glue.board import leaderboard
 from glue.member import FOLDER_NOTE, Table
+from glue.once import step
 from glue.plan import Plan, make_plan
 from glue.recipe import read_recipe
-from glue.run import run
+from glue.run import Watcher, run
 from glue.steps import steps
 from glue.workers import Workers
 from glue.zoo import Zoo
@@ -140,3 +141,18 @@ def test_every_step_leaves_one_member_whose_folder_tells_its_origin(plan: Plan):
             continue
         note = json.loads((task.folder(plan.zoo) / FOLDER_NOTE).read_text())
         assert (note["key"], note["kind"], note["name"]) == (task.origin.key, task.member.kind, task.name)
+
+
+def test_what_was_measured_once_is_not_measured_again(place: Path, plan: Plan, monkeypatch):
+    def never(*_):
+        raise AssertionError("this was measured before")
+
+    monkeypatch.setattr("glue.steps.evaluate.work", never)
+    with Workers(0) as workers:
+        members = ["mini/A-kind", "mini/merged/A-base"]
+        done = step(Zoo(place / "zoo.yaml"), "scores", "evaluate", {"members": members, "suite": "mini:test"}, workers,
+                    Watcher())
+    board = {(row.digest, row.task): row.results for row in Table.read(plan["scored"]).rows}
+    rows = Table.read(done["scores"]).rows
+    assert {row.member for row in rows} == set(members)
+    assert all(row.results == board[row.digest, row.task] for row in rows)
