@@ -59,7 +59,8 @@ def added(zoo: Zoo, path: str, name: str | None, kind: str, base: str | None, ta
     folder = locate(place)
     if kind == "model" and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ZooError(f"{folder} holds an adapter", fix="add  --kind adapter --base NAME")
-    called = name or place.removeprefix("hub:").partition("@")[0].rsplit("/", 1)[-1]
+    told = path.removeprefix("hub:").partition("@")[0] if path.startswith("hub:") else Path(path).absolute().name
+    called = name or told.rsplit("/", 1)[-1] or folder.name
     if not NAME.fullmatch(called):
         raise ZooError(f"'{one_line(called)}' cannot be a name: {NAME_RULE}", fix="choose one with --name")
     if called in zoo:

@@ -198,7 +198,10 @@ def add(path: Annotated[str, typer.Argument(help="A folder, or owner/name[@revis
 @zoo_app.command()
 def remove(name: str, zoo: ZooFile = HERE) -> None:
     """Take a product or an added member out of the register. Its files stay until `glue zoo gc`."""
-    print(f"removed {_zoo(zoo).remove(name).name}; its files go with  glue zoo gc --yes")
+    found = _zoo(zoo)
+    member = found.remove(name)
+    ours = str(member.path).startswith(f"{found.folder}/")
+    print(f"removed {member.name}; its files {'go with  glue zoo gc --yes' if ours else 'stay where they are'}")
 
 
 @zoo_app.command()

@@ -116,6 +116,7 @@ def test_add_takes_a_folder_and_zoo_yaml_stays_as_it_is(glue: Glue, tmp_path: Pa
     assert code == 0 and out.startswith("added mine (dataset, digest ")
     entry = next(item for item in json.loads(glue("zoo", "list", "--json")[1]) if item["name"] == "mine")
     assert (entry["origin"], entry["tags"], entry["licence"]) == (None, ["x"], "mit")
+    assert glue("zoo", "add", "zoo/r/sums", "--kind", "dataset")[1].startswith("added sums ")  # the name of the link
     assert (tmp_path / "zoo.yaml").read_bytes() == before
     code, _, err = glue("zoo", "add", "no/such/folder")
     assert code == 2 and "does not exist" in err
