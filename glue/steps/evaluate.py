@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from glue.files import append_line, whole_lines
@@ -20,55 +20,51 @@ def evaluate(job: Job, *, members: ManyThatRun, suite: OnSuite) -> Made:
     """Every member on every task of the suite, item by item. What was measured before is not measured again."""
     from glue.evaluate.suite import write_tasks
 
-    tasks = job.shared / "tasks" / f"{suite.suite.name}-{_mark(suite)}"
-    names = write_tasks(suite.suite, suite.split, suite.folders(), tasks)
+    folder = job.shared / "tasks" / f"{suite.suite.name}-{_mark(suite)}"
+    names = write_tasks(suite.suite, suite.split, suite.folders(), folder)
     store, digests = job.shared / "scores.jsonl", splits(suite)
-    known = {_measured(score): score for score in map(Score.from_dict, map(json.loads, whole_lines(store)))}
-    missing = [member for member in members
+    known = {_key(score): score for score in map(Score.from_dict, map(json.loads, whole_lines(store)))}
+    asked = {member.digest: member for member in members}  # one member may have several names
+    missing = [member for member in asked.values()
                if any(key not in known for key in _keys(member, suite, digests))]
-    job.report(len(members) - len(missing), len(members), "members")
-    came = len(members) - len(missing)
+    came = len(asked) - len(missing)
+    job.report(came, len(asked), "members")
 
-    def keep(k: int, results: dict[str, list[float]]) -> None:
+    def keep(k: int, results: list[list[float]]) -> None:
         nonlocal came
         came += 1
-        for score in _scores(missing[k], suite, digests, dict(zip(digests, results.values(), strict=True))):
-            known[_measured(score)] = score
+        for score in _scores(missing[k], suite, digests, results):
+            known[_key(score)] = score
             append_line(store, canonical(score.as_dict()))
-        job.report(came, len(members), missing[k].short)
+        job.report(came, len(asked), missing[k].short)
 
-    job.workers.map("glue.steps.evaluate:work", [(member, tasks, names) for member in missing], each=keep)
-    rows = [known[key] for member in members for key in _keys(member, suite, digests)]
-    Table(tuple(_of(row, member, digests) for row, member in
-                zip(rows, (member for member in members for _ in digests), strict=True))).write(job.folder)
+    job.workers.map("glue.steps.evaluate:work", [(member, folder, names) for member in missing], each=keep)
+    Table(tuple(replace(known[key], member=member.name, seen_by_search=known[key].split in member.seen)
+                for member in members for key in _keys(member, suite, digests))).write(job.folder)
     return Made("table", note=f"{len(members)} members on {suite.suite.name}:{suite.split}")
 
 
-def work(member: Member, tasks: Path, names: list[str]) -> dict[str, list[float]]:
-    """In a worker: per-item results by task."""
+def work(member: Member, tasks: Path, names: list[str]) -> list[list[float]]:
+    """In a worker: per-item results of each task, in the order of `names`."""
     from glue.evaluate.lm_eval import evaluate as measure
     from glue.kinds import load
 
-    return measure(load(member), tasks, names)
+    found = measure(load(member), tasks, names)
+    return [found[name] for name in names]
 
 
-def _scores(member: Member, suite: Measured, digests: dict[str, str],
-            results: dict[str, list[float]]) -> Iterable[Score]:
-    for task in suite.suite.tasks:
+def _scores(member: Member, suite: Measured, digests: dict[str, str], results: list[list[float]]) -> Iterable[Score]:
+    for task, items in zip(suite.suite.tasks, results, strict=True):
         yield Score(member.name, member.digest, f"{suite.suite.name}:{suite.split}", task.name, task.metric,
-                    tuple(float(value) for value in results[task.name]), digests[task.name], _how(task), task.chance)
-
-
-def _of(row: Score, member: Member, digests: dict[str, str]) -> Score:
-    """A stored score under the name its member has here, marked where a search has seen its items."""
-    return Score.from_dict({**row.as_dict(), "member": member.name, "seen_by_search": row.split in member.seen})
+                    tuple(map(float, items)), digests[task.name], _how(task), task.chance)
 
 
 def _how(task) -> str:
     return canonical({"harness": HARNESS, **{key: value for key, value in asdict(task).items() if key != "data"}})
 
 
-def _measured(score: Score) -> tuple[str, str, str]:
+def _key(score: Score) -> tuple[str, str, str]:
+    """What a score is known by: the bytes of the member, the items, and how they were asked."""
     return score.digest, score.split, score.how
 
 
