@@ -71,7 +71,7 @@ def progress(quiet: bool) -> Iterator[Watcher]:
 
 def print_plan(plan: Plan, as_json: bool) -> None:
     """The tasks of a plan: state, inputs with their size, place of the product."""
-    rows = [_told(task, plan) for task in plan]
+    rows = plan_rows(plan)
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -82,11 +82,17 @@ def print_plan(plan: Plan, as_json: bool) -> None:
         colour = STATES[row["state"]]
         reads = f"{len(row['inputs'])} members, {human(row['bytes_read'])}" if row["bytes_read"] else ""
         why = f" ({row['why']})" if row["why"] else ""
-        grid.add_row(f"[{colour}]{row['state']}[/]", row["step"], escape(row["name"] + why), reads, row["folder"] or "")
+        writes = f"{row['folder']}, {human(row['bytes_written'])}" if row["bytes_written"] else row["folder"]
+        grid.add_row(f"[{colour}]{row['state']}[/]", row["step"], escape(row["name"] + why), reads, writes)
     console().print(grid)
     done = sum(task.state in ("done", "alias") for task in plan)
     rest = "" if plan.done else f"; glue run {plan.recipe.file} makes the rest"
     print(f"{done} of {len(rows)} tasks are done{rest}")
+
+
+def plan_rows(plan: Plan) -> list[dict[str, Any]]:
+    """Every task of a plan as plain data: its state and why, its inputs, bytes to read and to write, its folder."""
+    return [_told(task, plan) for task in plan]
 
 
 def _told(task: Task, plan: Plan) -> dict[str, Any]:
@@ -98,9 +104,13 @@ def _told(task: Task, plan: Plan) -> dict[str, Any]:
         why = "after " + ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     folder = task.member.path if task.member else str(task.folder(plan.zoo)) if task.origin else ""
     root = str(plan.zoo.file.parent) + "/"
+    sizes = {member: _size(member.path) for member in task.inputs} if task.state == "ready" else {}
+    models = [size for member, size in sizes.items() if member.kind != "dataset"] or [0]
+    writes = families("steps")[task.step].traits.get("writes") if task.choice else None
     return {"name": task.name, "step": task.step, "state": task.state, "why": why,
             "inputs": [member.version for member in task.inputs],
-            "bytes_read": sum(_size(member.path) for member in task.inputs) if task.state == "ready" else 0,
+            "bytes_read": sum(sizes.values()),
+            "bytes_written": {"one": max(models), "all": sum(models)}.get(writes or "", 0),
             "folder": folder.removeprefix(root)}
 
 

@@ -15,6 +15,7 @@ from glue.member import FOLDER_NOTE
 from glue.plan import Plan, make_plan
 from glue.recipe import read_recipe
 from glue.run import run
+from glue.show import plan_rows
 from glue.workers import Workers
 from glue.zoo import Zoo
 
@@ -291,3 +292,11 @@ def test_a_recipe_sees_the_products_of_its_includes_by_their_short_names(ran, pl
     (place / "first.yaml").write_text(MERGES)
     plan = ran("include: first.yaml\nsteps: [{as: top, step: merge, members: [both, left], method: linear}]")
     assert plan["top"].origin.names["members"] == ("first/both", "left")
+
+
+def test_a_plan_tells_what_is_read_and_what_will_be_written(planned, place):
+    row, = (told for told in plan_rows(planned(MERGES)) if told["name"] == "r/sum")
+    sizes = {name: sum(file.stat().st_size for file in (place / "models" / name).iterdir())
+             for name in ("base", "left", "right")}
+    assert row["bytes_read"] == sum(sizes.values()) and row["bytes_written"] == max(sizes.values())
+    assert row["folder"].startswith("zoo/r/sum-")

@@ -9,8 +9,9 @@ arrive resolved:
     OnSuite     `suite:split`; OnDev takes no test split     -> Measured
 
 Traits: `makes` is the kind of member it leaves; `lone` lets a family of one pass through as it is; `named` says that
-names go into the result, so that they belong to its origin; `check` is called with the resolved parameters before
-anything runs, and raises for what cannot work.
+names go into the result, so that they belong to its origin; `writes` says how large the result will be: as `one` of
+the models that go in, or as `all` of them; `check` is called with the resolved parameters before anything runs, and
+raises for what cannot work.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from glue.evaluate.suite import Split, Suite
     from glue.workers import Workers
 
-steps = Family("steps", "step", "glue.steps", first="Job -> Made", traits=("makes", "lone", "named", "check"))
+steps = Family("steps", "step", "glue.steps", first="Job -> Made", traits=("makes", "lone", "named", "writes", "check"))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ def compatible(members: list[Member], method: Choice, base: Member | None = None
     check(method, _sources(members), _source(base))
 
 
-@steps.add("merge", makes="model", lone=True, check=compatible)
+@steps.add("merge", makes="model", lone=True, writes="one", check=compatible)
 def merge(job: Job, *, members: Many, method: Annotated[Any, Of("merging")], base: One | None = None,
           dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> Made:
     """One model out of several, by any merge method; `base` is what deltas are taken from.

@@ -18,7 +18,7 @@ def several(members: list[Member], **_: Any) -> None:
                           fix="name more members, or lower the threshold of the cluster step that leaves them")
 
 
-@steps.add("mix", makes="mixture", named=True, check=several, source="arXiv:2410.05357")
+@steps.add("mix", makes="mixture", named=True, writes="all", check=several, source="arXiv:2410.05357")
 def mix(job: Job, *, members: Many, router: Annotated[Any, Of("routing")], suite: OnDev,
         level: Literal["model"] = "model") -> Made:
     """One model that answers each question with the expert its router picks.

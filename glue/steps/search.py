@@ -28,7 +28,7 @@ def searchable(members: list[Member], merge: Choice, strategy: Choice, base: Mem
     compatible(members, merge, base)
 
 
-@steps.add("search", makes="model", lone=True, check=searchable, source="arXiv:2410.05357")
+@steps.add("search", makes="model", lone=True, writes="one", check=searchable, source="arXiv:2410.05357")
 def search(job: Job, *, members: Many, strategy: Annotated[Any, Of("searching")],
            merge: Annotated[Any, Of("merging")] = "task_arithmetic", suite: OnDev, base: One | None = None,
            budget: Count = 200) -> Made:

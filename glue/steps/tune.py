@@ -11,7 +11,7 @@ from glue.steps import Job, Made, Shares, Tunable, steps
 from glue.steps.pretrain import told
 
 
-@steps.add("tune", makes="model")
+@steps.add("tune", makes="model", writes="one")
 def tune(job: Job, *, base: Tunable, data: Shares, steps: Count, learning_rate: Positive, batch_size: Count = 64,
          weight_decay: NonNegative = 0.05, prompt_weight: NonNegative = 0.05) -> Made:
     """A full fine-tune of `base` on datasets in the given shares."""
