@@ -161,15 +161,25 @@ class _Run:
                              note=made.note)
         else:
             fingerprint, digest = identify(draft)
-            remember(final, self.zoo.digests, fingerprint, digest, files=draft)
             member = self.zoo.with_base(Member(
                 task.name, made.kind, str(final), frozenset(task.line.tags), made.base, origin, fingerprint, digest,
                 _licence(task.inputs), seen, made.elements, made.note))
         write_aside(draft / FOLDER_NOTE, canonical(_told(member)))
         self._make_room(final)
-        if kept := publish(draft, final):
-            self._note("kept", task, folder=kept.name)  # what had been changed by hand there
+        if made.same is None and final.exists() and self._is(final, digest):
+            shutil.rmtree(draft)  # another run has made it meanwhile, or this one was killed before it could say so
+        else:
+            if made.same is None:
+                remember(final, self.zoo.digests, fingerprint, digest, files=draft)
+            if kept := publish(draft, final):
+                self._note("kept", task, folder=kept.name)  # what had been changed by hand there
         return member
+
+    def _is(self, folder: Path, digest: str) -> bool:
+        try:
+            return identify(folder, self.zoo.digests)[1] == digest
+        except GlueError:
+            return False
 
     def _made(self, task: Task, draft: Path) -> Made:
         if task.choice is None:  # a group of what a mapped line has left
@@ -187,13 +197,23 @@ class _Run:
     def _sweep(self) -> None:
         """Remove the drafts of runs that are no longer there."""
         for draft in self.drafts.glob("*-*") if self.drafts.exists() else ():
-            if not Path(f"/proc/{draft.name.rsplit('-', 1)[1]}").exists():
+            if not _lives(int(draft.name.rsplit("-", 1)[1])):
                 shutil.rmtree(draft, ignore_errors=True)
 
     def _note(self, event: str, task: Task, **more: object) -> None:
         record = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, "task": task.name,
                   "origin": task.origin.key if task.origin else None, **more}
         append_line(self.journal, canonical(record))
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _told(member: Member) -> dict[str, object]:

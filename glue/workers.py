@@ -35,6 +35,7 @@ class Workers:
         self._reports: dict[int, Report] = {}
         self._tickets = count()
         self._lock = threading.Lock()
+        self._ended = False
 
     def __enter__(self) -> Workers:
         return self
@@ -87,6 +88,8 @@ class Workers:
 
     def _started(self) -> ProcessPoolExecutor:
         with self._lock:
+            if self._ended:
+                raise RunError("the run was interrupted", fix="run again; what was finished is kept")
             if self._pool is None:
                 quieten()
                 context = multiprocessing.get_context("forkserver")
@@ -110,8 +113,9 @@ class Workers:
                 report(done, total, note)
 
     def close(self, *, now: bool = False) -> None:
-        """End the pool; `now` does not wait for what is running."""
-        pool, self._pool = self._pool, None
+        """End the pool; `now` does not wait for what is running, and refuses whatever else is asked for."""
+        with self._lock:
+            pool, self._pool, self._ended = self._pool, None, self._ended or now
         if pool is None:
             return
         if now:

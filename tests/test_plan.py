@@ -216,6 +216,17 @@ def test_a_name_in_the_zoo_points_to_the_newest_version(ran, place):
     assert (place / "zoo/r/sum").resolve() == Path(second.path) != Path(first.path)
 
 
+def test_a_folder_that_was_published_and_not_registered_is_taken_as_it_is(ran, place):
+    """As after a kill between the two, or beside another run of the same recipe."""
+    member = ran(MERGES)["mean"]
+    made = (Path(member.path) / "model.safetensors").stat().st_ino
+    Zoo(place / "zoo.yaml").remove("r/mean")
+    again = ran(MERGES)["mean"]
+    assert (again.digest, again.path) == (member.digest, member.path)
+    assert (Path(member.path) / "model.safetensors").stat().st_ino == made
+    assert not [path for path in (place / "zoo/r").iterdir() if "replaced" in path.name]
+
+
 def test_a_name_that_becomes_a_group_does_not_write_into_the_member_it_was(ran, place):
     member = ran("steps: [{as: merged, step: merge, members: [left, right], method: linear}]")["merged"]
     before = sorted(path.name for path in Path(member.path).iterdir())

@@ -76,3 +76,10 @@ def test_a_worker_that_dies_is_told_as_such(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", FOLDER)
     with Workers(1) as workers, pytest.raises(RunError, match="worker process died"):
         workers.call(f"{HERE}:die", 1)
+
+
+def test_after_an_end_at_once_nothing_more_is_started():
+    workers = Workers(1)
+    workers.close(now=True)
+    with pytest.raises(RunError, match="interrupted"):
+        workers.call(f"{HERE}:square", 2)
