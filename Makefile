@@ -27,6 +27,7 @@ bench: .venv/ready
 	$(OFFLINE) $(BIN)/glue run recipes/quickstart.yaml --full
 
 .venv/ready: pyproject.toml constraints.txt
+	@echo "making an environment in .venv; this takes a minute or more the first time"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	touch $@

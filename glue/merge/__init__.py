@@ -3,6 +3,7 @@
 The traits that a merge method may declare:
 
     space       "weight": weights in, weights out;  "delta": differences to the base in, one difference out
+    base        "optional": a method on differences that works on the weights themselves where no base is given
     glance      what to learn of the whole tensor before its pieces are merged; the method finds it in `leaf.seen`
     whole       True: the method needs a tensor in one piece and with its shape
     members     (fewest, most) members; None for no limit
@@ -15,4 +16,4 @@ The traits that a merge method may declare:
 from glue.family import Family
 
 merging = Family("merging", "merge method", "glue.merge.methods", first="Leaf -> Tensor",
-                 traits=("space", "glance", "whole", "members", "symmetric", "idempotent", "unbiased", "why_not"))
+                 traits=("space", "base", "glance", "whole", "members", "symmetric", "idempotent", "unbiased", "why_not"))

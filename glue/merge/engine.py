@@ -38,7 +38,7 @@ def check(choice: Choice, members: Sequence[Source], base: Source | None = None)
         raise MethodError(f"merge method '{name}' takes {limit} {count} member{'s' * (count != 1)}; "
                           f"{len(members)} are given",
                           fix="change the members, or choose another method")
-    if traits["space"] == "delta" and base is None:
+    if traits["space"] == "delta" and traits.get("base") != "optional" and base is None:
         raise MethodError(f"merge method '{name}' works on differences to a base, and no base is given",
                           fix="add  base: <the member that the others were tuned from>")
     _check_headers([*members, *([base] if base else [])])
@@ -92,7 +92,7 @@ def _called(choice: Choice, names: Sequence[str], leaf: Leaf) -> Tensor:
     result = choice(leaf, **settled(choice, names, leaf.tensors.ndim - 1, leaf.tensors.dtype))
     assert result.shape == leaf.tensors.shape[1:], \
         f"'{choice.method.name}' made {tuple(result.shape)} of {tuple(leaf.tensors.shape)}"
-    return leaf.base + result if choice.method.traits["space"] == "delta" else result
+    return leaf.base + result if choice.method.traits["space"] == "delta" and leaf.base is not None else result
 
 
 @dataclass(frozen=True)

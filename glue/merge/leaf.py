@@ -83,3 +83,23 @@ def inner(one: Tensor, other: Tensor) -> float:
     a, b = one.reshape(-1).numpy(), other.reshape(-1).numpy()
     return math.fsum(float(np.sum(a[k:k + BLOCK].astype(np.float64) * b[k:k + BLOCK].astype(np.float64)))
                      for k in range(0, len(a), BLOCK))
+
+
+def gram(tensors: Tensor, axis: int | None = None) -> Tensor:
+    """Inner products of all pairs of members, whole or along one axis, in fp64; no number of threads changes a bit.
+
+    tensors  [n, *shape]
+    axis     of *shape; None for all of it
+    returns  [n, n, *shape], with 1 for the axes that were summed
+    """
+    n, ones = len(tensors), [1] * (tensors.ndim - 1)
+    found: dict[tuple[int, int], Tensor] = {}
+    for i in range(n):
+        for j in range(i, n):
+            if axis is None:
+                product = torch.tensor(inner(tensors[i], tensors[j]), dtype=torch.float64).reshape(ones)
+            else:
+                both = tensors[i].numpy().astype(np.float64) * tensors[j].numpy().astype(np.float64)
+                product = torch.from_numpy(both.sum(axis=axis, keepdims=True))
+            found[i, j] = found[j, i] = product
+    return torch.stack([torch.stack([found[i, j] for j in range(n)]) for i in range(n)])

@@ -29,7 +29,7 @@ def whole(weight: Tensor) -> Tensor:
     total = weight.sum()
     if total.abs() <= 1e-6 * weight.abs().sum():
         raise MethodError(f"the weights {weight.flatten().tolist()} sum to 0, so they cannot be normalized",
-                          fix="change the weights, or write  normalize: false")
+                          fix="change the weights, or switch normalizing off where the method allows it")
     return total
 
 

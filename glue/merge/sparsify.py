@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from glue.merge.leaf import Leaf
+from glue.merge.leaf import Leaf, inner
+
+NO_NORM = 1e-7  # L1 norms below this are not restored
 
 
 @dataclass(frozen=True)
@@ -24,34 +27,68 @@ class Cut:
 
 
 def cut(deltas: Tensor, density: Tensor) -> Cut:
-    """Where to cut so that exactly max(1, int(density[i] * numel)) entries of deltas[i] remain.
+    """Where to cut so that exactly max(1, int(density[i] * numel)) entries of deltas[i] remain; see `cut_at`.
 
     deltas   [n, *shape], whole tensors
     density  [n, 1, ..., 1], in (0, 1], fp64: int() of an fp32 product can be off by one
+    """
+    numel = deltas[0].numel()
+    return cut_at(deltas, [max(1, int(share * numel)) for share in density.reshape(-1).tolist()])
+
+
+def cut_at(numbers: Tensor, counts: Sequence[int]) -> Cut:
+    """Where to cut so that the counts[i] entries of largest magnitude in numbers[i] remain.
+
+    numbers  [n, *shape], whole tensors
+    counts   n whole numbers, of 0 to numel
 
     Of entries with equal magnitude at the cut, those with the lower flat index stay.
     """
-    at, last = deltas.new_zeros(len(deltas)), torch.zeros(len(deltas), dtype=torch.int64)
-    for i, (delta, share) in enumerate(zip(deltas, density.reshape(-1).tolist(), strict=True)):
-        size = np.abs(delta.reshape(-1).numpy())
-        size[np.isnan(size)] = np.inf  # kept, so that it shows in the output and is refused there
-        kept = max(1, int(share * len(size)))
-        edge = np.partition(size, len(size) - kept)[len(size) - kept]
-        level = np.flatnonzero(size == edge)
-        at[i] = float(edge)
-        last[i] = int(level[kept - np.count_nonzero(size > edge) - 1])
+    at = numbers.new_full((len(numbers),), torch.inf)  # nothing is larger, and no index is below 0
+    last = torch.full((len(numbers),), -1)
+    for i, (row, kept) in enumerate(zip(numbers, counts, strict=True)):
+        if kept:
+            size = np.abs(row.reshape(-1).numpy())
+            size[np.isnan(size)] = np.inf  # kept, so that it shows in the output and is refused there
+            edge = np.partition(size, len(size) - kept)[len(size) - kept]
+            level = np.flatnonzero(size == edge)
+            at[i] = float(edge)
+            last[i] = int(level[kept - np.count_nonzero(size > edge) - 1])
     return Cut(at, last)
+
+
+def among_largest(numbers: Tensor, cut: Cut, start: int) -> Tensor:
+    """Which entries of a piece are among the largest of their tensor.
+
+    numbers  [n, *shape]
+    start    flat index, in the tensor, of the first entry of the piece
+    returns  [n, *shape], bool
+    """
+    index = torch.arange(start, start + numbers[0].numel()).reshape(numbers.shape[1:])
+    column = [-1, *[1] * index.ndim]
+    size, at, last = numbers.abs(), cut.at.reshape(column), cut.last.reshape(column)
+    return (size > at) | ((size == at) & (index <= last))
 
 
 def keep_largest(leaf: Leaf, cut: Cut) -> Tensor:
     """The entries of leaf.tensors that are among the largest of their tensor, the rest zero: [n, *shape]."""
-    index = torch.arange(leaf.start, leaf.start + leaf.tensors[0].numel()).reshape(leaf.tensors.shape[1:])
-    column = [-1, *[1] * index.ndim]
-    size, at, last = leaf.tensors.abs(), cut.at.reshape(column), cut.last.reshape(column)
-    return leaf.tensors * ((size > at) | ((size == at) & (index <= last)))
+    return leaf.tensors * among_largest(leaf.tensors, cut, leaf.start)
 
 
 def keep_random(leaf: Leaf, density: Tensor) -> Tensor:
-    """Each entry of leaf.tensors[i] with probability density[i], the rest zero: [n, *shape]."""
+    """Each entry of leaf.tensors[i] with probability density[i], the rest zero: [n, *shape].
+
+    density  [n, 1, ..., 1], or a probability for each entry: [n, *shape]
+    """
     drawn = torch.stack([leaf.uniform(i) for i in range(leaf.n)])
     return leaf.tensors * (drawn < density.float())  # fp32 for all callers, or glance and method could disagree
+
+
+def to_same_l1(before: Tensor, after: Tensor) -> Tensor:
+    """What to multiply each after[i] by, so that its L1 norm becomes that of before[i]: [n], fp64.
+
+    before, after  [n, *shape], whole tensors
+    """
+    norms = [(inner(one, one.sign()), inner(other, other.sign())) for one, other in zip(before, after, strict=True)]
+    return torch.tensor([one / other if min(one, other) >= NO_NORM else 1.0 for one, other in norms],
+                        dtype=torch.float64)

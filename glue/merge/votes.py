@@ -8,6 +8,11 @@ from torch import Tensor
 from glue.merge.leaf import summed
 
 
+def with_winner(votes: Tensor) -> Tensor:
+    """Which votes have the sign of their total over the members: [n, *shape] -> the same, bool. Zeros abstain."""
+    return votes.sign() == torch.where(summed(votes) >= 0, 1.0, -1.0)
+
+
 def agreed(deltas: Tensor, weight: Tensor, normalize: bool) -> Tensor:
     """The sum of the weighted differences that have the sign of their total; a total of zero counts as plus.
 
@@ -17,8 +22,7 @@ def agreed(deltas: Tensor, weight: Tensor, normalize: bool) -> Tensor:
     returns    [*shape]
     """
     votes = weight * deltas
-    winner = torch.where(summed(votes) >= 0, 1.0, -1.0)
-    agrees = votes.sign() == winner
+    agrees = with_winner(votes)
     total = summed(votes * agrees)
     if not normalize:
         return total

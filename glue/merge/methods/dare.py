@@ -8,27 +8,21 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from glue.family import PerMember, Share
 from glue.merge import merging
-from glue.merge.leaf import Leaf, inner, summed
+from glue.merge.leaf import Leaf, summed
 from glue.merge.parameters import whole
-from glue.merge.sparsify import keep_random
+from glue.merge.sparsify import keep_random, to_same_l1
 from glue.merge.votes import agreed
-
-NO_NORM = 1e-7  # L1 norms below this are not rescaled
 
 
 def factors(leaf: Leaf, *, density: Tensor, rescale: str) -> Tensor:
     """What the kept entries of each member are multiplied by: [n], fp64."""
     if rescale == "share":
         return 1 / density.reshape(-1)
-    norms = [(inner(before, before.sign()), inner(after, after.sign()))
-             for before, after in zip(leaf.tensors, keep_random(leaf, density), strict=True)]
-    return torch.tensor([before / after if min(before, after) >= NO_NORM else 1.0 for before, after in norms],
-                        dtype=torch.float64)
+    return to_same_l1(leaf.tensors, keep_random(leaf, density))
 
 
 def kept(leaf: Leaf, density: Tensor) -> Tensor:
