@@ -16,4 +16,5 @@ The traits that a merge method may declare:
 from glue.family import Family
 
 merging = Family("merging", "merge method", "glue.merge.methods", first="Leaf -> Tensor",
-                 traits=("space", "base", "glance", "whole", "members", "symmetric", "idempotent", "unbiased", "why_not"))
+                 traits=("space", "base", "glance", "whole", "members", "symmetric", "idempotent", "unbiased",
+                         "why_not"))

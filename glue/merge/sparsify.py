@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glue.errors import MethodError
 from glue.merge.leaf import Leaf, inner
 
-NO_NORM = 1e-7  # L1 norms below this are not restored
+NO_NORM = 1e-7   # L1 norms below this are not restored
+ROUNDING = 1e-6  # 0.85 + 0.15 is more than 1 in fp32
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,26 @@ def keep_random(leaf: Leaf, density: Tensor) -> Tensor:
     """
     drawn = torch.stack([leaf.uniform(i) for i in range(leaf.n)])
     return leaf.tensors * (drawn < density.float())  # fp32 for all callers, or glance and method could disagree
+
+
+def chances(delta: Tensor, density: float, epsilon: float) -> Tensor:
+    """The chance of each entry to stay, from density - epsilon for the smallest of its row to density + epsilon.
+
+    delta    [*shape]; of equal magnitudes in a row, the one with the lower index ranks lower
+    density  where it is 1, all entries stay. Raises MethodError where chances would leave [0, 1]
+    """
+    if density == 1:
+        return torch.ones_like(delta)
+    if density - epsilon < -ROUNDING or density + epsilon > 1 + ROUNDING:
+        raise MethodError(f"density {density:.6g} and epsilon {epsilon:.6g} make chances to stay of "
+                          f"{density - epsilon:.6g} to {density + epsilon:.6g}; a chance lies between 0 and 1",
+                          fix="give a smaller epsilon")
+    rows = delta.reshape(-1, delta.shape[-1] if delta.ndim else 1)
+    if rows.shape[1] == 1:
+        return torch.full_like(delta, density)
+    order = rows.abs().argsort(dim=1, stable=True)
+    place = (2 * torch.arange(rows.shape[1], dtype=delta.dtype) / (rows.shape[1] - 1) - 1).expand_as(rows)
+    return (density + epsilon * torch.empty_like(rows).scatter_(1, order, place)).clamp(0, 1).reshape(delta.shape)
 
 
 def to_same_l1(before: Tensor, after: Tensor) -> Tensor:

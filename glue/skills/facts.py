@@ -5,9 +5,7 @@ from __future__ import annotations
 from itertools import product
 from typing import Annotated
 
-from pydantic import Field
-
-from glue.family import Share
+from glue.family import Field, Share
 from glue.skills import Draw, Example, Split, teaching
 from glue.skills._words import PEOPLE, dealt, first
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
-
-from glue.family import NonNegative
+from glue.family import Field, NonNegative
 from glue.search import searching
 from glue.search.space import Candidate, Found, Space
 

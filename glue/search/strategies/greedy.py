@@ -11,10 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import Field
-
 from glue.errors import MethodError
-from glue.family import Count, NonNegative, Positive
+from glue.family import Count, Field, NonNegative, Positive
 from glue.search import searching
 from glue.search.space import Candidate, Found, Space
 

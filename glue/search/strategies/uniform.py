@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
-
-from glue.family import Positive
+from glue.family import Field, Positive
 from glue.search import searching
 from glue.search.space import Found, Space
 
