@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from glue.member import Member
+
+# a slow machine is no failure, and a run that fails can be repeated
+settings.register_profile("house", deadline=None, derandomize=True)
+settings.load_profile("house")
 
 WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{k}": k for k in range(3, 40)}}
 
