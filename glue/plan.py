@@ -125,6 +125,8 @@ class _Planner:
                                       place=line.place("each"))
                 params["members"] = [{"each": line.each}]
             choice = method.bind(params)
+            if "words" in method.traits:
+                method.traits["words"](**choice.params)
             self._expand(line, method, choice)
             if not line.each and (made := self.tasks[-1].member):
                 outcome = Outcome(made, made.kind, frozenset(line.tags))

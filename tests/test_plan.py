@@ -107,6 +107,11 @@ MISTAKES = {
                    "move that step up"),
     "test split": (f"steps: [{{as: a, step: search, members: [left], strategy: best, suite: tiny:test}}, {DATA}]",
                    "the test split is for reporting"),
+    "search over two": ("steps: [{as: w, step: data, skill: kind, dev: 5}, {as: a, step: search, members: [left, "
+                        "right], strategy: greedy, merge: nuslerp, suite: s.yaml:dev}]", "any number of members"),
+    "search without weights": ("steps: [{as: w, step: data, skill: kind, dev: 5}, {as: a, step: search, members: "
+                               "[left, right], strategy: greedy, merge: slerp, suite: s.yaml:dev}]",
+                               "takes no weight for each member"),
     "missing parameter": ("steps: [{as: a, step: merge, members: [base]}]", "add  method:"),
     "wrong kind": (f"steps: [{DATA}, {{as: a, step: merge, members: [words], method: linear}}]", "is a dataset"),
     "each of no group": ("steps: [{as: a, step: merge, each: base, method: linear}]", "maps a step over a group"),

@@ -10,8 +10,8 @@ arrive resolved:
 
 Traits: `makes` is the kind of member it leaves; `lone` lets a family of one pass through as it is; `named` says that
 names go into the result, so that they belong to its origin; `writes` says how large the result will be: as `one` of
-the models that go in, or as `all` of them; `check` is called with the resolved parameters before anything runs, and
-raises for what cannot work.
+the models that go in, or as `all` of them. Two functions raise for what cannot work, before anything runs: `words` is
+called with the parameters as they are written, `check` with the members too, as soon as these are there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from glue.evaluate.suite import Split, Suite
     from glue.workers import Workers
 
-steps = Family("steps", "step", "glue.steps", first="Job -> Made", traits=("makes", "lone", "named", "writes", "check"))
+steps = Family("steps", "step", "glue.steps", first="Job -> Made",
+               traits=("makes", "lone", "named", "writes", "words", "check"))
 
 
 @dataclass(frozen=True)

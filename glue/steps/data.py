@@ -14,7 +14,7 @@ def _any(train: int, dev: int, test: int, **_: Any) -> None:
         raise MethodError("this dataset would be empty", fix="say how many items: train, dev, test")
 
 
-@steps.add("data", makes="dataset", check=_any)
+@steps.add("data", makes="dataset", words=_any)
 def data(job: Job, *, skill: Annotated[Any, Of("teaching")], train: Natural = 0, dev: Natural = 0, test: Natural = 0,
          shuffle_answers: bool = False) -> Made:
     """Items of one skill in train, dev and test files that share no question.

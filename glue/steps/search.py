@@ -17,18 +17,27 @@ from glue.steps.merge import _source, _sources, compatible
 SEARCH_NOTE = "search.json"  # in the folder of what a search found: its weights and every candidate it tried
 
 
-def searchable(members: list[Member], merge: Choice, strategy: Choice, base: Member | None = None, **_: Any) -> None:
-    """Where the strategy merges, the merge method must take a weight for each member; all else as in `merge`."""
+def searchable(merge: Choice, strategy: Choice, **_: Any) -> None:
+    """Where the strategy merges, the merge method must take a weight for each member, and any number of members."""
     if not strategy.method.traits.get("merges", True):
         return
     info = merge.method.parameters.get("weight")
-    if info is None or not is_per_member(info.annotation, info.metadata):
-        raise MethodError(f"merge method '{merge.method.name}' has no weight for each member, so there is nothing to "
-                          f"search", fix="search over linear, task_arithmetic, ties or dare_ties")
-    compatible(members, merge, base)
+    fewest, most = merge.method.traits.get("members", (1, None))
+    weighted = info is not None and is_per_member(info.annotation, info.metadata)
+    if not weighted or fewest > 1 or most is not None:
+        lacking = "takes no weight for each member" if not weighted else "does not take any number of members"
+        raise MethodError(f"merge method '{merge.method.name}' {lacking}, so a search has nothing to try",
+                          fix="search over linear, task_arithmetic, ties or dare_ties")
 
 
-@steps.add("search", makes="model", lone=True, writes="one", check=searchable, source="arXiv:2410.05357")
+def mergeable(members: list[Member], merge: Choice, strategy: Choice, base: Member | None = None, **_: Any) -> None:
+    """Where the strategy merges, as in `merge`."""
+    if strategy.method.traits.get("merges", True):
+        compatible(members, merge, base)
+
+
+@steps.add("search", makes="model", lone=True, writes="one", words=searchable, check=mergeable,
+           source="arXiv:2410.05357")
 def search(job: Job, *, members: Many, strategy: Annotated[Any, Of("searching")],
            merge: Annotated[Any, Of("merging")] = "task_arithmetic", suite: OnDev, base: One | None = None,
            budget: Count = 200) -> Made:
@@ -51,7 +60,8 @@ def search(job: Job, *, members: Many, strategy: Annotated[Any, Of("searching")]
 
     sizes = [len(items) for items in items_of(suite).values()]
     neutral = frozenset(member.name for member in members if base is not None and member.digest == base.digest)
-    rule: Rule = "interpolate" if merge.method.traits.get("space") == "weight" else "add"
+    on_base = base is not None and merge.method.traits["space"] == "delta"
+    rule: Rule = "add" if on_base else "interpolate"
     space = Space(tuple(member.name for member in members), evaluate, np.repeat(np.arange(len(sizes)), sizes),
                   rule=rule, budget=budget, neutral=neutral if rule == "add" else frozenset())
     found = strategy(space)
