@@ -12,8 +12,7 @@ from glue.errors import RecipeError
 from glue.evaluate.statistics import Interval, average, difference
 from glue.member import Member, Score, Table
 from glue.plan import Plan
-
-SEARCH_NOTE = "search.json"
+from glue.steps.search import SEARCH_NOTE
 
 
 @dataclass(frozen=True)

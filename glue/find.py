@@ -53,10 +53,13 @@ class Finder:
                 late = [found for found in pairs.values() if isinstance(found, Pending)]
                 if late:
                     return _joined(late)
-                return {pairs[word]: share for word, share in value.items()}
+                shares = {pairs[word]: share for word, share in value.items()}
+                if len(shares) < len(value):
+                    raise RecipeError(f"'{name}' names one member twice: {', '.join(value)}", fix="keep one of the two")
+                return shares
             found = self._many(value, takes, line, name, element)
             if isinstance(found, list) and not found:
-                raise RecipeError(f"'{name}' names no members")
+                raise RecipeError(f"'{name}' names no members", fix="name some, or a tag or group that has some")
             return found
         except GlueError as error:
             raise error.at(line.place(name)) from None

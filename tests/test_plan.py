@@ -214,6 +214,13 @@ def test_the_bare_name_is_what_the_recipe_made_last(ran, place):
     assert Zoo(place / "zoo.yaml")["r/sum"].digest == first.digest
 
 
+def test_shares_that_name_one_member_twice_are_refused(ran, planned):
+    ran("steps: [{as: w, step: data, skill: kind, train: 5}]")
+    with pytest.raises(GlueError, match="names one member twice: w, r/w"):
+        planned("steps: [{as: w, step: data, skill: kind, train: 5}, {as: a, step: tune, base: base, steps: 1, "
+                "learning_rate: 1e-3, data: {w: 1, r/w: 2}}]")
+
+
 def test_a_name_in_the_zoo_points_to_the_newest_version(ran, place):
     first = ran(MERGES)["sum"]
     assert (place / "zoo/r/sum").resolve() == Path(first.path)

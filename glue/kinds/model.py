@@ -12,13 +12,11 @@ from glue.checkpoint import Checkpoint
 from glue.errors import CheckpointError
 from glue.hub import locate
 from glue.kinds import Dtype, Running, kinds
-from glue.kinds.frame import config_of, copy_frame, first_line, tokenizer_of
+from glue.kinds.frame import config_of, first_line, tokenizer_of
 from glue.member import Member
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = ["assembled", "copy_frame", "model", "model_of"]
 
 
 @kinds.add("model", weights=lambda member: Checkpoint(locate(member.path)))

@@ -5,7 +5,7 @@ arrive resolved:
 
     One         a member                                    -> Member
     Many        names, `tag:x`, groups                      -> list[Member]
-    Shares      members with a number each                  -> dict[Member, float], in canonical order
+    Shares      members with a number each                  -> dict[Member, float], in the order of the recipe
     OnSuite     `suite:split`; OnDev takes no test split     -> Measured
 
 Traits: `makes` is the kind of member it leaves; `lone` lets a family of one pass through as it is; `named` says that
@@ -25,7 +25,7 @@ from glue.family import Family, Positive
 from glue.member import Element, Member
 
 if TYPE_CHECKING:
-    from glue.evaluate.suite import Split, Suite
+    from glue.evaluate.suite import Item, Split, Suite
     from glue.workers import Workers
 
 steps = Family("steps", "step", "glue.steps", first="Job -> Made",
@@ -49,6 +49,19 @@ class Measured:
     suite: Suite
     split: Split
     data: dict[str, Member]
+
+    def items(self) -> dict[str, list[Item]]:
+        """Task -> its items. Raises SuiteError where they cannot be asked as the task says."""
+        from glue.evaluate.suite import task_items
+
+        return {task.name: task_items(task, self.data[task.data].folder, self.split) for task in self.suite.tasks}
+
+    def digests(self) -> dict[str, str]:
+        """Task -> digest of its items."""
+        from glue.evaluate.suite import split_digest
+
+        return {task.name: split_digest(self.data[task.data].folder / f"{self.split}.jsonl")
+                for task in self.suite.tasks}
 
     def folders(self) -> dict[str, Path]:
         """Name of a dataset, as the suite says it, -> its folder."""

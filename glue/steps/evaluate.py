@@ -10,7 +10,6 @@ from pathlib import Path
 from glue.files import append_line, whole_lines
 from glue.member import Member, Score, Table, canonical
 from glue.steps import Job, Made, ManyThatRun, Measured, OnSuite, steps
-from glue.steps.search import splits
 
 HARNESS = "lm-eval 0.4"
 
@@ -22,7 +21,7 @@ def evaluate(job: Job, *, members: ManyThatRun, suite: OnSuite) -> Made:
 
     folder = job.shared / "tasks" / f"{suite.suite.name}-{_mark(suite)}"
     names = write_tasks(suite.suite, suite.split, suite.folders(), folder)
-    store, digests = job.shared / "scores.jsonl", splits(suite)
+    store, digests = job.shared / "scores.jsonl", suite.digests()
     known = {_key(score): score for score in map(Score.from_dict, map(json.loads, whole_lines(store)))}
     asked = {member.digest: member for member in members}  # one member may have several names
     missing = [member for member in asked.values()

@@ -8,7 +8,7 @@ from glue.errors import MethodError
 from glue.family import Choice, Of
 from glue.member import Member
 from glue.steps import Job, Made, Many, Measured, OnDev, steps
-from glue.steps.search import items_of, score_member, splits
+from glue.steps.search import score_member
 
 
 def several(members: list[Member], **_: Any) -> None:
@@ -30,7 +30,7 @@ def mix(job: Job, *, members: Many, router: Annotated[Any, Of("routing")], suite
     results = job.workers.map("glue.steps.mix:results", [(member, suite) for member in members])
     job.workers.call("glue.steps.mix:work", job.folder, members, router, suite, results, job.seed)
     names = ", ".join(member.short for member in members)
-    return Made("mixture", seen=frozenset(splits(suite).values()),
+    return Made("mixture", seen=frozenset(suite.digests().values()),
                 note=f"{len(members)} experts ({names}) behind a {router.method.name} router")
 
 
@@ -50,7 +50,7 @@ def work(folder, members: list[Member], router: Choice, suite: Measured, found: 
     from glue.mix.build import build
     from glue.mix.site import survey
 
-    items = items_of(suite)
+    items = suite.items()
     wins = torch.from_numpy(np.stack([np.concatenate([one[task] for task in items]) for one in found], axis=1))
     tasks = torch.repeat_interleave(torch.arange(len(items)), torch.tensor([len(some) for some in items.values()]))
     prompts = [item.question for some in items.values() for item in some]

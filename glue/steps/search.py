@@ -12,7 +12,7 @@ from glue.errors import MethodError
 from glue.family import Choice, Count, Of, is_per_member
 from glue.member import Member
 from glue.steps import Job, Made, Many, Measured, OnDev, One, steps
-from glue.steps.merge import _source, _sources, compatible
+from glue.steps.merge import compatible, source_of, sources_of
 
 SEARCH_NOTE = "search.json"  # in the folder of what a search found: its weights and every candidate it tried
 
@@ -58,14 +58,14 @@ def search(job: Job, *, members: Many, strategy: Annotated[Any, Of("searching")]
         job.report(done, budget, "candidates")
         return [np.concatenate(list(one.values())) for one in found]
 
-    sizes = [len(items) for items in items_of(suite).values()]
+    sizes = [len(items) for items in suite.items().values()]
     neutral = frozenset(member.name for member in members if base is not None and member.digest == base.digest)
     on_base = base is not None and merge.method.traits["space"] == "delta"
     rule: Rule = "add" if on_base else "interpolate"
     space = Space(tuple(member.name for member in members), evaluate, np.repeat(np.arange(len(sizes)), sizes),
                   rule=rule, budget=budget, neutral=neutral if rule == "add" else frozenset())
     found = strategy(space)
-    seen, note = frozenset(splits(suite).values()), f"{found.candidate} of {done} candidates"
+    seen, note = frozenset(suite.digests().values()), f"{found.candidate} of {done} candidates"
     told = {"merged": found.candidate.merged, "weights": found.candidate.weights, "value": found.value,
             "evaluated": done, "log": [[str(row.candidate), row.value, row.purpose] for row in found.log]}
     (job.folder / SEARCH_NOTE).write_text(json.dumps(told, indent=1))
@@ -77,26 +77,11 @@ def search(job: Job, *, members: Many, strategy: Annotated[Any, Of("searching")]
     return Made("model", base=base or members[0], seen=seen, note=note)
 
 
-def items_of(suite: Measured) -> dict[str, list]:
-    """Task -> its items on the suite's split."""
-    from glue.evaluate.suite import task_items
-
-    return {task.name: task_items(task, suite.data[task.data].folder, suite.split) for task in suite.suite.tasks}
-
-
-def splits(suite: Measured) -> dict[str, str]:
-    """Task -> digest of its items."""
-    from glue.evaluate.suite import split_digest
-
-    return {task.name: split_digest(suite.data[task.data].folder / f"{suite.split}.jsonl")
-            for task in suite.suite.tasks}
-
-
 def score_member(running, suite: Measured) -> dict[str, np.ndarray]:
     """Per-item results of whatever runs, by task."""
     from glue.evaluate.fast import prepare, score
 
-    return score(running, prepare(running.tokenizer, suite.suite.tasks, items_of(suite)))
+    return score(running, prepare(running.tokenizer, suite.suite.tasks, suite.items()))
 
 
 def score_candidate(candidate, members: list[Member], base: Member | None, merge: Choice, suite: Measured,
@@ -109,7 +94,7 @@ def score_candidate(candidate, members: list[Member], base: Member | None, merge
     if not candidate.merged:
         return score_member(load(_by_name(members)[candidate.parts[0][0]]), suite)
     choice, chosen = _choice(candidate, members, merge)
-    tensors = merged(choice, _sources(chosen), _source(base), seed=seed)
+    tensors = merged(choice, sources_of(chosen), source_of(base), seed=seed)
     return score_member(assembled(base or members[0], tensors), suite)
 
 
