@@ -1,4 +1,4 @@
-"""Checkpoints: tensors by name, read lazily from safetensors shards and written as a stream that survives a crash.
+"""Checkpoints: tensors by name, read lazily from safetensors shards.
 
 Two identities are kept apart. The fingerprint (headers and fixed samples, milliseconds) keys random numbers and
 canonical order. The digest (every byte) alone decides that two checkpoints are the same; it does not depend on
@@ -10,11 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -24,7 +22,6 @@ import xxhash
 from torch import Tensor
 
 from glue.errors import CheckpointError, did_you_mean
-from glue.files import sync_folder, write_aside
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -130,6 +127,9 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.headers)
+
+    def __getstate__(self) -> dict[str, Any]:  # another process maps the files itself
+        return {**self.__dict__, "_maps": {}}
 
     @property
     def nbytes(self) -> int:
@@ -261,12 +261,13 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 def tensor_digest(name: str, tensor: Tensor) -> str:
     """xxh3_128 over name, type, shape and bytes."""
-    total = _opened(name, Header(tensor.dtype, tuple(tensor.shape)))
+    total = opened_digest(name, Header(tensor.dtype, tuple(tensor.shape)))
     total.update(as_bytes(tensor))
     return total.hexdigest()
 
 
-def _opened(name: str, header: Header) -> xxhash.xxh3_128:
+def opened_digest(name: str, header: Header) -> xxhash.xxh3_128:
+    """A digest of one tensor that has yet to see its bytes."""
     return xxhash.xxh3_128(f"{name}|{DTYPE_NAMES[header.dtype]}|{list(header.shape)}\n".encode())
 
 
@@ -281,112 +282,3 @@ def combined(digests: Mapping[str, str]) -> str:
 def weights_digest(weights: Weights) -> str:
     """The digest of all tensors; reads every byte once."""
     return combined({name: tensor_digest(name, weights[name]) for name in weights})
-
-
-class Writer:
-    """Writes a checkpoint tensor by tensor into a folder, header first, each tensor at its final offset.
-
-    headers     name to Header (dtype and shape), all known beforehand
-    shard_size  bytes of tensors a file may hold; a single larger tensor gets a file of its own
-
-    As a context manager it is closed at the end, and aborted where an exception passes. Files get their names in
-    `close`, once they are complete and synced, the index last; before that the folder holds no checkpoint.
-    """
-
-    def __init__(self, folder: Path, headers: Mapping[str, Header], *, shard_size: int = 5_000_000_000,
-                 metadata: Mapping[str, Any] | None = None):
-        self.folder, self._metadata = folder, dict(metadata or {})
-        self.digests: dict[str, str] = {}
-        self._left = set(headers)
-        self._open: dict[str, tuple[int, Header, str]] = {}
-        self._files: dict[str, FileIO] = {}
-        shards = _split(headers, shard_size)
-        try:
-            for k, names in enumerate(shards):
-                file = SINGLE if len(shards) == 1 else f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors"
-                self._start(file, names, headers)
-        except BaseException:
-            self.abort()
-            raise
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self.close()
-        finally:
-            self.abort()
-
-    def _start(self, file: str, names: list[str], headers: Mapping[str, Header]) -> None:
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name in sorted(names, key=lambda name: -headers[name].dtype.itemsize):  # so that each is aligned
-            header = headers[name]
-            entries[name] = {"dtype": DTYPE_NAMES[header.dtype], "shape": list(header.shape),
-                             "data_offsets": [offset, offset + header.nbytes]}
-            offset += header.nbytes
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        stream = FileIO(self._part(file), "w")
-        self._files[file] = stream
-        stream.write(struct.pack("<Q", len(text)) + text)
-        stream.truncate(8 + len(text) + offset)
-        for name in names:
-            self._open[name] = (8 + len(text) + entries[name]["data_offsets"][0], headers[name], file)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Put one tensor at its place and take its digest."""
-        assert name in self._left, f"'{name}' was not announced, or is written already"
-        start, header, file = self._open[name]
-        assert (tensor.dtype, tuple(tensor.shape)) == (header.dtype, header.shape), \
-            f"'{name}' is {tensor.dtype} {tuple(tensor.shape)}, announced as {header.dtype} {header.shape}"
-        data, done = as_bytes(tensor), 0
-        while done < len(data):
-            done += os.pwrite(self._files[file].fileno(), data[done:], start + done)
-        total = _opened(name, header)
-        total.update(data)
-        self.digests[name] = total.hexdigest()
-        self._left.discard(name)
-
-    def close(self) -> str:
-        """Sync every file, write the index last, and return the digest of all tensors."""
-        if not self._files:
-            return combined(self.digests)
-        assert not self._left, f"{len(self._left)} tensors were announced and not written, e.g. {sorted(self._left)[0]}"
-        for stream in self._files.values():
-            os.fsync(stream.fileno())
-            stream.close()
-        for file in self._files:
-            os.replace(self._part(file), self.folder / file)
-        sync_folder(self.folder)
-        if len(self._files) > 1:
-            size = sum(header.nbytes for _, header, _ in self._open.values())
-            index = {"metadata": {"total_size": size, **self._metadata},
-                     "weight_map": {name: file for name, (_, _, file) in sorted(self._open.items())}}
-            write_aside(self.folder / INDEX, json.dumps(index, indent=2))
-        self._files = {}
-        return combined(self.digests)
-
-    def abort(self) -> None:
-        """Give up what is not complete; nothing of it stays behind."""
-        for file, stream in self._files.items():
-            stream.close()
-            self._part(file).unlink(missing_ok=True)
-        self._files = {}
-
-    def _part(self, file: str) -> Path:
-        return self.folder / f".{file}.part"
-
-
-def _split(headers: Mapping[str, Header], limit: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, header in headers.items():
-        if shards[-1] and size + header.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += header.nbytes
-    return shards

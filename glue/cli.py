@@ -1,4 +1,4 @@
-"""The command line: run, plan, board, zoo, eval, generate, methods, schema, init.
+"""The command line: run, plan, merge, board, zoo, eval, generate, methods, schema, init.
 
 Everything heavy is imported inside the commands, so that help appears at once.
 """
@@ -26,6 +26,8 @@ RecipeFile = Annotated[Path, typer.Argument(help="A recipe, such as recipes/quic
 Seed = Annotated[int | None, typer.Option(help="Replaces the recipe's seed.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, results only.")]
+Lenient = Annotated[bool, typer.Option("--lenient", help="Unknown words of a merge config are notes, not errors.")]
+Untie = Annotated[bool, typer.Option("--untie", help="Where only some have an output layer, take others' embedding.")]
 HERE = Path("zoo.yaml")
 
 
@@ -80,13 +82,46 @@ def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
 
 
 @app.command()
-def plan(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None, as_json: Json = False) -> None:
-    """Check a recipe and list its steps: what is done, what will be read and written. Changes nothing."""
+def plan(recipe: Annotated[Path, typer.Argument(help="A recipe, or a merge config of mergekit.")],
+         zoo: ZooFile = HERE, seed: Seed = None, as_json: Json = False, lenient: Lenient = False,
+         untie: Untie = False) -> None:
+    """Check a recipe or a merge config, and tell what is to be done, read and written. Changes nothing."""
+    from glue.merges import is_config
+    from glue.orders import Settings, orders
     from glue.plan import make_plan
     from glue.recipe import read_recipe
-    from glue.show import print_plan
+    from glue.show import print_orders, print_plan
 
-    print_plan(make_plan(read_recipe(recipe, seed=seed), _zoo(zoo)), as_json)
+    if is_config(recipe):
+        settings = Settings(seed or 0, lenient=lenient, untie=untie)
+        print_orders(orders(recipe, Path(f"{recipe.stem}-merged"), settings, _zoo_or_none(zoo)), as_json)
+    else:
+        print_plan(make_plan(read_recipe(recipe, seed=seed), _zoo(zoo)), as_json)
+
+
+@app.command()
+def merge(config: Annotated[Path, typer.Argument(help="A config of mergekit, or of mergekit-moe.")],
+          out: Annotated[Path, typer.Argument(help="The folder to make.")],
+          seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 0,
+          dtype: Annotated[str, typer.Option(help="To calculate in, instead of the config's.")] = "",
+          out_dtype: Annotated[str, typer.Option(help="To write, instead of the config's.")] = "",
+          shard_size: Annotated[str, typer.Option(help="The most that one file holds: 500MB, 5GB.")] = "5GB",
+          workers: Annotated[int | None, typer.Option(help="Processes; default: one a core.")] = None,
+          device: Annotated[str, typer.Option(help="Where to calculate: cpu, cuda, cuda:1.")] = "cpu",
+          allow_nan: Annotated[bool, typer.Option(help="Write numbers that are not finite.")] = False,
+          lenient: Lenient = False, untie: Untie = False,
+          overwrite: Annotated[bool, typer.Option(help="What is in OUT is set aside, not refused.")] = False,
+          sync: Annotated[bool, typer.Option(help="Wait until all of it is on the disk.")] = True,
+          zoo: ZooFile = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
+    """Merge models as a YAML of mergekit says, unmodified. A merge that was killed goes on where it was."""
+    from glue.merges import merge_file, size
+    from glue.orders import Settings
+    from glue.show import bar, print_merged
+
+    settings = Settings(seed, dtype, out_dtype, size(shard_size), device, allow_nan, lenient, untie, overwrite, sync)
+    with bar(quiet or as_json) as report:
+        done = merge_file(config, out, settings, _zoo_or_none(zoo), workers, report)
+    print_merged(done, as_json)
 
 
 @app.command()
@@ -240,6 +275,11 @@ def _zoo(file: Path) -> Any:
     from glue.zoo import Zoo
 
     return Zoo(file)
+
+
+def _zoo_or_none(file: Path) -> Any:
+    """The zoo where there is one: a merge config can do without."""
+    return _zoo(file) if file.exists() or file != HERE else None
 
 
 def _cores() -> int:

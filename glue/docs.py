@@ -19,7 +19,8 @@ from glue.steps import Takes
 
 START, END = "<!-- methods: made by `python -m glue.docs` -->", "<!-- end of methods -->"
 MEMBERS = {"one": "a member", "many": "members: names, `tag:x`, groups",
-           "shares": "a mapping from datasets to shares > 0", "suite": "a suite and split, `name:dev` or `name:test`"}
+           "shares": "a mapping from datasets to shares > 0", "suite": "a suite and split, `name:dev` or `name:test`",
+           "config": "a YAML of mergekit, beside the recipe"}
 HEAD = """\
 # Methods
 

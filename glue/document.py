@@ -8,6 +8,7 @@ and null.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ Path_ = tuple[str | int, ...]
 
 
 class Document:
-    """One YAML file: `value` is its data, `place(*path)` says where a key stands."""
+    """One YAML document: `value` is its data, `place(*path)` says where a key stands, `text` is what was read."""
 
-    def __init__(self, value: Any, file: str, places: dict[Path_, Place]):
-        self.value, self.file, self._places = value, file, places
+    def __init__(self, value: Any, file: str, places: dict[Path_, Place], text: str = ""):
+        self.value, self.file, self._places, self.text = value, file, places, text
 
     def place(self, *path: str | int) -> Place:
         """The place of the key at `path`, or of the nearest one above it that is written down."""
@@ -43,6 +44,16 @@ class Document:
 def read(file: Path, error: type[GlueError], shown: str | None = None) -> Document:
     """Read `file`; every mistake is an `error` that names file:line:column."""
     name = one_line(shown or str(file))
+    return parse(_text(file, name, error), name, error)
+
+
+def read_all(file: Path, error: type[GlueError]) -> list[Document]:
+    """Read a file of one or several documents, parted by `---`; empty ones are left out."""
+    name = one_line(str(file))
+    return parse_all(_text(file, name, error), name, error)
+
+
+def _text(file: Path, name: str, error: type[GlueError]) -> str:
     try:
         if file.is_dir():
             raise error(f"{name} is a folder; a YAML file is needed")
@@ -54,7 +65,7 @@ def read(file: Path, error: type[GlueError], shown: str | None = None) -> Docume
     if not data and file.stat().st_size:
         raise error(f"{name} is larger than {SIZE_LIMIT:,} bytes, too large to be written by hand")
     try:
-        return parse(data.decode("utf-8-sig"), name, error)
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         line = data.count(b"\n", 0, problem.start) + 1
         column = problem.start - data.rfind(b"\n", 0, problem.start)
@@ -64,8 +75,21 @@ def read(file: Path, error: type[GlueError], shown: str | None = None) -> Docume
 
 def parse(text: str, name: str, error: type[GlueError]) -> Document:
     """Read YAML from a string; `name` stands for the file in errors."""
+    node, = _composed(text, name, error, lambda: [yaml.compose(text, Loader=yaml.BaseLoader)])
+    return _document(node, name, error, text)
+
+
+def parse_all(text: str, name: str, error: type[GlueError]) -> list[Document]:
+    """Read one or several YAML documents from a string; empty ones are left out."""
+    nodes = _composed(text, name, error, lambda: list(yaml.compose_all(text, Loader=yaml.BaseLoader)))
+    own = (text if len(nodes) == 1 else text[node.start_mark.index:node.end_mark.index] for node in nodes)
+    found = [_document(node, name, error, part) for node, part in zip(nodes, own, strict=True)]
+    return [document for document in found if document.value is not None]
+
+
+def _composed(text: str, name: str, error: type[GlueError], compose: Callable[[], list[Any]]) -> list[Any]:
     try:
-        node = yaml.compose(text, Loader=yaml.BaseLoader)
+        return compose()
     except yaml.MarkedYAMLError as problem:
         mark = problem.problem_mark or problem.context_mark
         place = Place(name, mark.line + 1, mark.column + 1) if mark else Place(name, 1, 1)
@@ -79,9 +103,12 @@ def parse(text: str, name: str, error: type[GlueError]) -> Document:
                     fix="remove it") from None
     except (yaml.YAMLError, ValueError, RecursionError) as problem:
         raise error(f"this is not YAML: {str(problem).splitlines()[0]}", place=Place(name, 1, 1)) from None
+
+
+def _document(node: yaml.Node | None, name: str, error: type[GlueError], text: str) -> Document:
     reader = _Reader(name, error)
     value = reader.plain(node, (), ()) if node is not None else None
-    return Document(value, name, reader.places)
+    return Document(value, name, reader.places, text)
 
 
 class _Reader:

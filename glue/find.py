@@ -10,7 +10,7 @@ from typing import Any
 from glue.errors import GlueError, RecipeError, did_you_mean
 from glue.member import Element, Member
 from glue.recipe import Line, Recipe
-from glue.steps import Measured, Takes
+from glue.steps import Configured, Measured, Takes
 from glue.zoo import Zoo
 
 ROOT = "root"
@@ -45,6 +45,8 @@ class Finder:
         try:
             if takes.how == "suite":
                 return self._suite(takes, value, line)
+            if takes.how == "config":
+                return self._config(takes, value, line)
             if takes.how == "one":
                 return self._checked(self.one(value, line.recipe, element, line), takes, value, line)
             if takes.how == "shares":
@@ -197,6 +199,27 @@ class Finder:
             if not (member.folder / f"{split}.jsonl").is_file():
                 raise RecipeError(f"dataset '{word}' has no split '{split}'", fix=f"make it with  {split}: 200")
         return Measured(suite, split, data)
+
+    def _config(self, takes: Takes, value: str, line: Line) -> Configured | Pending:
+        from glue.merge.mergekit.config import read_configs
+
+        file = Path(line.document.file).parent / value
+        if not value.endswith((".yaml", ".yml")) or not file.is_file():
+            raise RecipeError(f"there is no merge config '{value}' beside the recipe",
+                              fix="write a path that ends in .yaml, seen from the recipe's folder")
+        configs = read_configs(file)
+        if len(configs) > 1:
+            raise RecipeError(f"{value} holds {len(configs)} merges", fix="give each a file and a step of its own")
+        found: dict[Any, Member | Pending] = {}
+        for ref in configs[0].referenced():
+            try:
+                found[ref] = self._checked(self.one(str(ref), line.recipe), takes, str(ref), line)
+            except RecipeError as error:
+                raise RecipeError(error.what, fix="in a recipe, models of a config are members;  glue zoo add  makes "
+                                                  "a folder one", place=configs[0].place("models")) from None
+        late = [one for one in found.values() if isinstance(one, Pending)]
+        models = {ref: one for ref, one in found.items() if isinstance(one, Member)}
+        return _joined(late) if late else Configured(configs[0], models)
 
     def _suite_file(self, name: str, line: Line) -> Path:
         beside = Path(line.document.file).parent / name

@@ -17,7 +17,7 @@ from glue.family import Choice, Method, marks
 from glue.find import Finder, Outcome, Pending
 from glue.member import Element, Member, Origin
 from glue.recipe import Line, Recipe
-from glue.steps import Measured, Takes, steps
+from glue.steps import Configured, Measured, Takes, steps
 from glue.zoo import Zoo
 
 State = Literal["done", "alias", "ready", "waiting", "deferred"]
@@ -232,6 +232,8 @@ class _Planner:
             value = {one(member): share for member, share in value.items()}
         elif isinstance(value, Measured):
             value = replace(value, data={word: one(member) for word, member in value.data.items()})
+        elif isinstance(value, Configured):
+            value = replace(value, models={ref: one(member) for ref, member in value.models.items()})
         if problems:
             raise Mistakes(problems)
         return value
@@ -245,6 +247,8 @@ def _members(arguments: Mapping[str, Any]) -> Iterable[Member]:
             yield from value
         elif isinstance(value, Measured):
             yield from value.data.values()
+        elif isinstance(value, Configured):
+            yield from value.models.values()
 
 
 def _origin(method: Method, choice: Choice, arguments: Mapping[str, Any], seed: int) -> Origin:
@@ -258,6 +262,9 @@ def _origin(method: Method, choice: Choice, arguments: Mapping[str, Any], seed: 
             tasks = [{key: item for key, item in asdict(task).items() if key != "data"} for task in value.suite.tasks]
             params[name] = {"tasks": tasks, "split": value.split}
             value = [value.data[task.data] for task in value.suite.tasks]
+        elif isinstance(value, Configured):
+            params[name] = value.config.text
+            value = list(value.models.values())
         elif name in arguments and isinstance(value, dict):
             params[name] = [share for _, share in value.items()]
             value = list(value)

@@ -12,6 +12,7 @@ import shutil
 import time
 import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -66,7 +67,8 @@ class _Run:
     def all(self) -> Plan:
         """Plan, start what is ready, wait for something to finish, register it, and again."""
         plan = make_plan(self.recipe, self.zoo)
-        self._sweep()
+        self._sweep({task.origin.key[:16] for task in plan if task.origin and task.choice
+                     and task.choice.method.traits.get("resumes")})
         with ThreadPoolExecutor(max(1, self.workers.number)) as threads:
             try:
                 while True:
@@ -150,9 +152,7 @@ class _Run:
         """Run one step into a draft folder and publish it."""
         assert task.origin is not None
         final = task.folder(self.zoo)
-        draft = self.drafts / f"{task.origin.key[:16]}-{os.getpid()}"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
+        draft = self._draft(task)
         made = self._made(task, draft)
         origin = replace(task.origin, made_with=_made_with(self.workers))
         seen = frozenset().union(made.seen, *(member.seen for member in task.inputs))
@@ -175,6 +175,19 @@ class _Run:
                 self._note("kept", task, folder=kept.name)  # what had been changed by hand there
         return member
 
+    def _draft(self, task: Task) -> Path:
+        """An empty folder; or what a killed run has left of this very task, where its step can go on from that."""
+        assert task.origin is not None
+        draft = self.drafts / f"{task.origin.key[:16]}-{os.getpid()}"
+        shutil.rmtree(draft, ignore_errors=True)
+        for left in sorted(self.drafts.glob(f"{task.origin.key[:16]}-*")):
+            if not _lives(int(left.name.rsplit("-", 1)[1])):
+                with suppress(OSError):  # another run was faster
+                    left.rename(draft)
+                    return draft
+        draft.mkdir(parents=True)
+        return draft
+
     def _is(self, folder: Path, digest: str) -> bool:
         try:
             return identify(folder, self.zoo.digests)[1] == digest
@@ -194,10 +207,10 @@ class _Run:
             (draft / "elements.json").write_text(canonical(told))
         return made
 
-    def _sweep(self) -> None:
-        """Remove the drafts of runs that are no longer there."""
+    def _sweep(self, kept: set[str]) -> None:
+        """Remove the drafts of runs that are no longer there, but for those that can be gone on with."""
         for draft in self.drafts.glob("*-*") if self.drafts.exists() else ():
-            if not _lives(int(draft.name.rsplit("-", 1)[1])):
+            if draft.name.rsplit("-", 1)[0] not in kept and not _lives(int(draft.name.rsplit("-", 1)[1])):
                 shutil.rmtree(draft, ignore_errors=True)
 
     def _note(self, event: str, task: Task, **more: object) -> None:

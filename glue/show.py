@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table as Grid
 
 from glue.board import Leaderboard, leaderboard, markdown
@@ -18,6 +27,8 @@ from glue.family import HOMES, describe, families
 from glue.files import write_aside
 from glue.hub import locate
 from glue.member import Member
+from glue.merges import order_row
+from glue.orders import Order
 from glue.plan import Plan, Task
 from glue.run import Watcher
 
@@ -88,6 +99,63 @@ def print_plan(plan: Plan, as_json: bool) -> None:
     done = sum(task.state in ("done", "alias") for task in plan)
     rest = "" if plan.done else f"; glue run {plan.recipe.file} makes the rest"
     print(f"{done} of {len(rows)} tasks are done{rest}")
+
+
+@contextmanager
+def bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for bytes on standard error: called with what is made, bytes written, and bytes in all."""
+    stream = Console(stderr=True, highlight=False)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(),
+               TransferSpeedColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stream, transient=True, disable=quiet or not stream.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(escape(name), total=total)
+            bars.update(tasks[name], completed=done, total=total)
+
+        yield report
+
+
+def print_orders(orders: Sequence[Order], as_json: bool) -> None:
+    """What a merge config will do: each output with its method, models, sizes, memory and time; and the notes."""
+    rows = [order_row(order) for order in orders]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    grid = Grid(box=None, pad_edge=False)
+    for heading in ("makes", "by", "tensors", "reads", "writes", "memory", "time"):
+        grid.add_column(heading, overflow="fold")
+    for row in rows:
+        reads = f"{len(row['models'])} models, {human(row['bytes_read'])}"
+        time = "" if row["seconds"] is None else f"~{max(1, round(row['seconds']))} s"
+        tensors, memory = str(row["tensors"] or ""), human(row["bytes_memory"]) if row["bytes_memory"] else ""
+        grid.add_row(escape(row["out"]), escape(row["method"]), tensors, reads, human(row["bytes_written"]), memory,
+                     time)
+    console().print(grid)
+    for row in rows:
+        for note in row["notes"]:
+            print(f"note: {note}")
+        if row["through"]:
+            print(f"{row['out']} goes through mergekit: {row['through']}")
+
+
+def print_merged(done: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """What `glue merge` has done."""
+    if as_json:
+        print(json.dumps({**done[-1], "stages": list(done[:-1])}, indent=1))
+        return
+    for each in done:
+        for note in each["notes"]:
+            print(f"note: {note}")
+        if each["made"]:
+            print(f"{each['out']}: {each['method']}, {human(each['bytes_written'])} in "
+                  f"{each['seconds']['merge']:.1f} s, weights {each['digest'][:16]}")
+        else:
+            print(f"{each['out']} is there already, made of the same")
+        if each["kept"]:
+            print(f"what was there is now {each['kept']}")
 
 
 def plan_rows(plan: Plan) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ each worker makes results independent of how many workers there are.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -15,24 +16,32 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 from glue.errors import RunError
 
 Report = Callable[[int, int, str], None]
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE",  # idle threads of one worker must not spin beside the others
          "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+PATIENCE = 5.0  # seconds to wait for late reports
 PRELOAD = ["torch", "transformers.models.llama.modeling_llama", "glue.checkpoint"]
 
 
 class Workers:
-    """`number` processes of `threads` threads; 0 means this process. Use as a context manager."""
+    """`number` processes of `threads` threads; 0 means this process. Use as a context manager.
 
-    def __init__(self, number: int = 0, threads: int = 1):
-        self.number, self.threads = number, threads
+    start  "forkserver", or "fork" where this process has done nothing with torch yet: a fork after an OpenMP region
+           can hang, and a forkserver has to import everything first
+    """
+
+    def __init__(self, number: int = 0, threads: int = 1, start: Literal["forkserver", "fork"] = "forkserver"):
+        self.number, self.threads, self._start = number, threads, start
         self._pool: ProcessPoolExecutor | None = None
         self._reports: dict[int, Report] = {}
+        self._drained: dict[int, threading.Event] = {}
+        self._events: Any = None
         self._tickets = count()
         self._lock = threading.Lock()
         self._ended = False
@@ -84,7 +93,7 @@ class Workers:
             for future in futures:
                 future.cancel()
             if ticket is not None:
-                self._reports.pop(ticket, None)
+                self._drain(ticket)
 
     def _started(self) -> ProcessPoolExecutor:
         with self._lock:
@@ -92,12 +101,17 @@ class Workers:
                 raise RunError("the run was interrupted", fix="run again; what was finished is kept")
             if self._pool is None:
                 quieten()
-                context = multiprocessing.get_context("forkserver")
-                context.set_forkserver_preload(PRELOAD)
-                events = context.SimpleQueue()
-                threading.Thread(target=self._listen, args=(events,), daemon=True).start()
+                context = multiprocessing.get_context(self._start)
+                if self._start == "forkserver":
+                    context.set_forkserver_preload(PRELOAD)
+                events = self._events = context.SimpleQueue()
                 self._pool = ProcessPoolExecutor(self.number, mp_context=context, initializer=_begin,
                                                  initargs=(self.threads, events))
+                gc.collect()
+                gc.freeze()  # or a collection in a forked process writes to pages that are shared until then
+                self._pool.submit(os.getpid)  # so that all are forked before there is a thread
+                gc.unfreeze()
+                threading.Thread(target=self._listen, args=(events,), daemon=True).start()
             return self._pool
 
     def _listen(self, events: Any) -> None:
@@ -106,11 +120,18 @@ class Workers:
                 ticket, done, total, note = events.get()
             except (EOFError, OSError, TypeError):
                 return
-            if ticket is None:
-                return
-            report = self._reports.get(ticket)
-            if report:
+            if done is None:
+                self._drained.pop(ticket).set()
+            elif report := self._reports.get(ticket):
                 report(done, total, note)
+
+    def _drain(self, ticket: int) -> None:
+        """Wait until everything that was reported on a ticket has been told; results come by a faster way."""
+        told = self._drained[ticket] = threading.Event()
+        with suppress(OSError):
+            self._events.put((ticket, None, None, ""))
+            told.wait(PATIENCE)
+        self._reports.pop(ticket, None)
 
     def close(self, *, now: bool = False) -> None:
         """End the pool; `now` does not wait for what is running, and refuses whatever else is asked for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,13 +55,44 @@ def word_tokenizer(words: dict[str, int]):
 def model_folder(tmp_path) -> Callable[..., Path]:
     """model_folder("name", seed=1) writes one tensor and a configuration: enough to have an identity."""
     def make(name: str, *, seed: int = 0, config: str = '{"model_type": "llama"}') -> Path:
-        from glue.checkpoint import Header, Writer
+        from glue.checkpoint import Header
+        from glue.writer import Writer
 
         folder = tmp_path / name
         folder.mkdir(parents=True)
         with Writer(folder, {"w": Header(torch.float32, (4,))}) as writer:
             writer.write("w", torch.arange(4.0) + seed)
         (folder / "config.json").write_text(config)
+        return folder
+
+    return make
+
+
+LAYER = {"self_attn.q_proj": (32, 32), "self_attn.k_proj": (32, 32), "self_attn.v_proj": (32, 32),
+         "self_attn.o_proj": (32, 32), "mlp.up_proj": (48, 32), "mlp.gate_proj": (48, 32), "mlp.down_proj": (32, 48),
+         "input_layernorm": (32,), "post_attention_layernorm": (32,)}
+PLAIN = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,
+         "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64, "torch_dtype": "bfloat16",
+         "tie_word_embeddings": False}
+
+
+@pytest.fixture(scope="session")
+def plain_model() -> Callable[..., Path]:
+    """plain_model(folder, seed, base) writes a three-layer Llama in bf16, near another one where that is given."""
+    def make(folder: Path, seed: int, base: Path | None = None) -> Path:
+        from glue.checkpoint import Checkpoint, Header
+        from glue.writer import Writer
+
+        shapes = {"model.embed_tokens.weight": (64, 32), "model.norm.weight": (32,), "lm_head.weight": (64, 32),
+                  **{f"model.layers.{k}.{word}.weight": shape for k in range(3) for word, shape in LAYER.items()}}
+        folder.mkdir(parents=True)
+        random = torch.Generator().manual_seed(seed)
+        below = Checkpoint(base) if base else None
+        with Writer(folder, {name: Header(torch.bfloat16, shape) for name, shape in shapes.items()}) as writer:
+            for name, shape in shapes.items():
+                numbers = (0.01 if below else 0.1) * torch.randn(shape, generator=random)
+                writer.write(name, (numbers + below[name].float() if below else numbers).bfloat16())
+        (folder / "config.json").write_text(json.dumps(PLAIN))
         return folder
 
     return make

@@ -155,27 +155,26 @@ def test_methods_lists_names_parameters_and_sources(glue: Glue):
 def test_a_new_merge_method_is_one_file_and_recipes_can_say_it(glue: Glue, tmp_path: Path):
     """One file in a package that declares the entry point group; nothing else is edited."""
     (tmp_path / "plugin").mkdir()
-    (tmp_path / "plugin/glue_median.py").write_text('''
-"""Median: the middle value of each weight."""
+    (tmp_path / "plugin/glue_midrange.py").write_text('''
+"""Midrange: half way between the smallest and the largest of each weight."""
 
 from glue.merge import merging
 
 
-@merging.add("median", space="weight", symmetric=True, idempotent={})
-def median(leaf):
-    """The median over members of each entry; of an even number, the mean of the two in the middle."""
-    ordered = leaf.tensors.sort(0).values
-    return (ordered[(leaf.n - 1) // 2] + ordered[leaf.n // 2]) / 2
+@merging.add("midrange", space="weight", symmetric=True, idempotent={})
+def midrange(leaf):
+    """The mean of the smallest and the largest that the members have of each entry."""
+    return leaf.tensors.amin(0) / 2 + leaf.tensors.amax(0) / 2
 ''')
-    info = tmp_path / "plugin/glue_median-1.dist-info"
+    info = tmp_path / "plugin/glue_midrange-1.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: glue-median\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[glue.methods]\nmedian = glue_median\n")
-    (tmp_path / "m.yaml").write_text("steps: [{as: a, step: merge, members: [x], method: median}]")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: glue-midrange\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[glue.methods]\nmidrange = glue_midrange\n")
+    (tmp_path / "m.yaml").write_text("steps: [{as: a, step: merge, members: [x], method: midrange}]")
     (tmp_path / "zoo.yaml").write_text("members: {x: {path: x}}\n")
     table = "from glue.docs import reference; print(*reference())"
-    for words, expected in ((["-m", "glue.cli", "methods", "merging"], "median"), (["-c", table], "median"),
-                            (["-m", "glue.cli", "schema"], '"median"')):
+    for words, expected in ((["-m", "glue.cli", "methods", "merging"], "midrange"), (["-c", table], "midrange"),
+                            (["-m", "glue.cli", "schema"], '"midrange"')):
         done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True,
                               env={"PYTHONPATH": str(tmp_path / "plugin"), "PATH": ""}, check=True)
         assert expected in done.stdout

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from glue.checkpoint import Checkpoint, InMemory, Writer
+from glue.checkpoint import Checkpoint, InMemory
 from glue.errors import CheckpointError, ZooError
 from glue.kinds import load, weights
 from glue.kinds.adapter import scale
@@ -19,6 +19,7 @@ from glue.kinds.frame import copy_frame
 from glue.kinds.model import assembled
 from glue.kinds.text import continued
 from glue.member import Member
+from glue.writer import Writer
 
 
 def adapter_over(base: Member, folder: Path, *, dtype=torch.float32, **lora) -> Member:

@@ -13,10 +13,13 @@ from glue.checkpoint import Checkpoint, Header, InMemory, weights_digest
 from glue.errors import CheckpointError, MethodError
 from glue.family import PerMember, Probability
 from glue.merge import merging
-from glue.merge.engine import check, merged, prepared, write
-from glue.merge.leaf import Leaf, Source, inner, random_key, summed
+from glue.merge.engine import check, merged, prepared
+from glue.merge.gram import gram
+from glue.merge.leaf import Leaf, Source, random_key, summed
 from glue.merge.parameters import settled
 from glue.merge.sparsify import cut, keep_largest, keep_random
+from glue.merge.target import Held
+from glue.merge.write import write
 
 
 def source(name: str, **tensors: Tensor) -> Source:
@@ -175,8 +178,9 @@ def test_members_of_unlike_types_give_one_that_holds_both():
 def test_shards_hold_what_one_file_holds(tmp_path):
     choice, members, base = merging["dare_ties"].bind({"density": 0.5}), children(3, torch.bfloat16), children(1)[0]
     told: list[tuple[int, int]] = []
-    one = write(choice, members, base, tmp_path / "one", report=lambda done, total: told.append((done, total)))
-    many = write(choice, members, base, tmp_path / "many", shard_size=40)
+    merge = prepared(choice, members, base)
+    one = write(merge, tmp_path / "one", report=lambda done, total: told.append((done, total)))
+    many = write(merge, tmp_path / "many", shard_size=40)
     assert one == many == weights_digest(Checkpoint(tmp_path / "many"))
     assert len(list((tmp_path / "many").glob("*.safetensors"))) == 3
     loaded = {name: tensor for file in (tmp_path / "many").glob("*.safetensors")
@@ -189,7 +193,7 @@ def test_shards_hold_what_one_file_holds(tmp_path):
 def test_shards_of_the_inputs_change_no_bit(tmp_path):
     choice, members, base = merging["dare_linear"].bind({"density": 0.5}), children(3), children(1)[0]
     for k, member in enumerate(members):
-        write(merging["linear"].bind(), [member], None, tmp_path / str(k), shard_size=100 if k else 10**9)
+        write(prepared(merging["linear"].bind(), [member]), tmp_path / str(k), shard_size=100 if k else 10**9)
     on_disk = [Source(f"d{k}", Checkpoint(tmp_path / str(k))) for k in range(3)]
     ours, theirs = dict(merged(choice, on_disk, base, seed=4)), dict(merged(choice, members, base, seed=4))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -256,20 +260,20 @@ def test_unlike_members_that_share_a_fingerprint_still_have_one_order():
 
 def test_keep_largest_takes_exactly_its_share_and_the_first_of_equals():
     some = leaf([1.0, -3.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0], [5.0, 4.0, 3.0, 2.0, 1.0])
-    found = keep_largest(some, cut(some.tensors, torch.tensor([[0.4], [0.4], [0.1]], dtype=torch.float64)))
+    found = keep_largest(some, cut(Held(some), torch.tensor([[0.4], [0.4], [0.1]], dtype=torch.float64)))
     assert found.tolist() == [[0, -3, 3, 0, 0], [0] * 5, [5, 0, 0, 0, 0]]
 
 
 def test_keep_largest_judges_a_piece_as_part_of_its_tensor():
     row = [1.0, 3.0, 2.0, 3.0, 3.0, 0.0]
-    edges = cut(torch.tensor([row]), torch.tensor([[0.34]], dtype=torch.float64))  # two of the three threes
+    edges = cut(Held(leaf(row)), torch.tensor([[0.34]], dtype=torch.float64))  # two of the three threes
     pieces = [keep_largest(leaf(row[k:k + 2], start=k), edges) for k in (0, 2, 4)]
     assert torch.cat(pieces, 1).tolist() == [[0, 3, 0, 3, 0, 0]]
 
 
 def test_a_share_is_counted_in_fp64():
     some = leaf([float(k) for k in range(100)])
-    kept = keep_largest(some, cut(some.tensors, torch.tensor([[0.29]], dtype=torch.float64)))
+    kept = keep_largest(some, cut(Held(some), torch.tensor([[0.29]], dtype=torch.float64)))
     assert int((kept != 0).sum()) == int(0.29 * 100) == 28  # the nearest fp32 to 0.29 would keep 29
 
 
@@ -293,16 +297,17 @@ def test_draws_are_uniform():
 
 def test_keep_random_keeps_or_zeroes():
     some = leaf([1.0] * 10_000, [2.0] * 10_000)
+    before = some.tensors.clone()
     kept = keep_random(some, torch.tensor([[0.2], [1.0]]))
     assert set(kept[0].tolist()) == {0.0, 1.0} and abs(float(kept[0].mean()) - 0.2) < 4 * (0.16 / 1e4) ** 0.5
-    assert torch.equal(kept[1], some.tensors[1])
+    assert torch.equal(kept[1], before[1])
 
 
 def test_sums_are_plain():
     rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     assert summed(rows).tolist() == [9.0, 12.0] and rows[0].tolist() == [1.0, 2.0]
     many = torch.full((100_003,), 0.1)
-    assert inner(many, many) == pytest.approx(100_003 * float(many[0]) ** 2, rel=1e-15)
+    assert float(gram(Held(Leaf("w", many[None])))) == pytest.approx(100_003 * float(many[0]) ** 2, rel=1e-15)
 
 
 def test_slerp_keeps_lengths_and_takes_the_arc():
@@ -335,7 +340,7 @@ def test_a_method_may_work_in_place(room, dtype):
 
 
 def test_a_method_that_needs_shapes_gets_them(room):
-    @merging.add("rows", source="this test", space="delta", whole=True, why_not="a probe")
+    @merging.add("rows", source="this test", space="delta", sees="whole", why_not="a probe")
     def rows(leaf: Leaf, *, weight: PerMember[Probability] = 1.0) -> Tensor:
         """Each row of the first member's difference becomes its sum."""
         assert weight.shape == (leaf.n, 1, 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glue.checkpoint import Checkpoint, Header, Writer
+from glue.checkpoint import Checkpoint, Header
 from glue.errors import GlueError, RunError
 from glue.member import FOLDER_NOTE
 from glue.plan import Plan, make_plan
@@ -17,6 +17,7 @@ from glue.recipe import read_recipe
 from glue.run import run
 from glue.show import plan_rows
 from glue.workers import Workers
+from glue.writer import Writer
 from glue.zoo import Zoo
 
 SHAPES = {"model.layers.0.self_attn.q_proj.weight": (8, 8), "model.layers.0.mlp.up_proj.weight": (12, 8),

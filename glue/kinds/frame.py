@@ -33,7 +33,7 @@ def config_of(member: Member) -> PretrainedConfig:
     from transformers import AutoConfig
 
     name, folder = member.name, locate(framed(member).path)
-    told = _config_json(folder, name)
+    told = config_json(folder, name)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -94,7 +94,8 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _config_json(folder: Path, name: str) -> dict[str, Any]:
+def config_json(folder: Path, name: str) -> dict[str, Any]:
+    """The config.json of a folder as it is. Raises ZooError where there is none, or it is no mapping."""
     file = folder / "config.json"
     try:
         told = json.loads(file.read_text())

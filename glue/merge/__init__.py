@@ -4,8 +4,10 @@ The traits that a merge method may declare:
 
     space       "weight": weights in, weights out;  "delta": differences to the base in, one difference out
     base        "optional": a method on differences that works on the weights themselves where no base is given
-    glance      what to learn of the whole tensor before its pieces are merged; the method finds it in `leaf.seen`
-    whole       True: the method needs a tensor in one piece and with its shape
+    glance      a function of the Pieces of a whole tensor: what to learn of it before it is merged; the method finds it
+                in `leaf.seen`. Where a parameter `scope` is "model", it looks at the pieces of all tensors at once
+    sees        "pieces" (default), "rows" or "whole": how the method wants to see a tensor; or a function of the
+                tensor's name, its shape and the parameters -> one of these
     members     (fewest, most) members; None for no limit
     symmetric   True: the order of the members means nothing
     idempotent  settings under which copies of X, with weights that sum to 1, give X
@@ -16,5 +18,5 @@ The traits that a merge method may declare:
 from glue.family import Family
 
 merging = Family("merging", "merge method", "glue.merge.methods", first="Leaf -> Tensor",
-                 traits=("space", "base", "glance", "whole", "members", "symmetric", "idempotent", "unbiased",
+                 traits=("space", "base", "glance", "sees", "members", "symmetric", "idempotent", "unbiased",
                          "why_not"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from glue.checkpoint import Weights
 
-BLOCK = 1 << 16  # entries; fixed, because the blocks of a sum decide its last bit
-DRAWS = 8        # 32-bit draws that Philox makes of one count
+DRAWS = 8   # 32-bit draws that Philox makes of one count
+UNUSED = 8  # bits of a draw
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,14 @@ class Leaf:
     """One tensor, or a piece of it, across n members.
 
     name     of the tensor
-    tensors  [n, c], a flat piece; [n, *shape] for methods that declare `whole`. Weights, or differences to the base
-    base     [c] or [*shape], or None where no base was given
+    tensors  [n, c], a flat piece; [n, r, c], whole rows, for methods that see `rows`; [n, *shape] for those that see
+             it `whole`. Weights, or differences to the base
+    base     the same without n, or None where no base was given
     start    flat index, in the tensor, of the first entry of the piece
     keys     n keys of 128 bits, of member and tensor, for random numbers
     seen     what the method's glance at the whole tensor found
+    shape    of the whole tensor
+    offset   flat index, in the model, of the first entry of the tensor
 
     The numbers are wider than the output: fp32 for outputs of 16 bits and less, else fp64. They belong to the leaf
     and may be changed in place.
@@ -46,6 +48,8 @@ class Leaf:
     start: int = 0
     keys: tuple[int, ...] = ()
     seen: Any = None
+    shape: tuple[int, ...] = ()
+    offset: int = 0
 
     @property
     def n(self) -> int:
@@ -57,12 +61,27 @@ class Leaf:
 
         An entry's draw depends on the seed, the member, the tensor and the entry's flat index, and on nothing else.
         """
-        shape = self.tensors.shape[1:]
-        count, skipped = shape.numel(), self.start % DRAWS
+        draws = (self._words(i) >> UNUSED).astype(np.float32)
+        draws *= np.float32(2**-24)
+        return torch.from_numpy(draws).to(self.tensors.device).reshape(self.tensors.shape[1:])
+
+    def below(self, i: int, chance: float) -> Tensor:
+        """Where the draws for member i are less than a chance, of which fp32 counts: 1 there, 0 elsewhere, uint8.
+
+        The same entries as  uniform(i) < chance, without turning the draws into fractions.
+        """
+        limit = int(np.ceil(np.float64(np.float32(chance)) * 2**24))  # in fp64 the product is exact
+        if limit >= 2**24:
+            return torch.ones(self.tensors.shape[1:], dtype=torch.uint8, device=self.tensors.device)
+        found = np.less(self._words(i), np.uint32(limit << UNUSED))
+        return torch.from_numpy(found.view(np.uint8)).to(self.tensors.device).reshape(self.tensors.shape[1:])
+
+    def _words(self, i: int) -> np.ndarray:
+        """Draws of 32 bits, of which the upper 24 are used: so many fit in fp32."""
+        count, skipped = self.tensors.shape[1:].numel(), self.start % DRAWS
         stream = np.random.Philox(key=self.keys[i], counter=self.start // DRAWS)
         # Raw words, because numpy promises that these never change, and promises nothing of Generator.random.
-        words = stream.random_raw(-(-(skipped + count) // 2)).view(np.uint32)[skipped:skipped + count]
-        return torch.from_numpy((words >> 8).astype(np.float32) * np.float32(2**-24)).reshape(shape)
+        return stream.random_raw(-(-(skipped + count) // 2)).view(np.uint32)[skipped:skipped + count]
 
 
 def random_key(seed: int, fingerprint: str, name: str) -> int:
@@ -76,30 +95,3 @@ def summed(parts: Tensor) -> Tensor:
     for part in parts[1:]:
         total += part
     return total
-
-
-def inner(one: Tensor, other: Tensor) -> float:
-    """The inner product of two tensors in fp64. Unlike torch.dot, no number of threads changes its bits."""
-    a, b = one.reshape(-1).numpy(), other.reshape(-1).numpy()
-    return math.fsum(float(np.sum(a[k:k + BLOCK].astype(np.float64) * b[k:k + BLOCK].astype(np.float64)))
-                     for k in range(0, len(a), BLOCK))
-
-
-def gram(tensors: Tensor, axis: int | None = None) -> Tensor:
-    """Inner products of all pairs of members, whole or along one axis, in fp64; no number of threads changes a bit.
-
-    tensors  [n, *shape]
-    axis     of *shape; None for all of it
-    returns  [n, n, *shape], with 1 for the axes that were summed
-    """
-    n, ones = len(tensors), [1] * (tensors.ndim - 1)
-    found: dict[tuple[int, int], Tensor] = {}
-    for i in range(n):
-        for j in range(i, n):
-            if axis is None:
-                product = torch.tensor(inner(tensors[i], tensors[j]), dtype=torch.float64).reshape(ones)
-            else:
-                both = tensors[i].numpy().astype(np.float64) * tensors[j].numpy().astype(np.float64)
-                product = torch.from_numpy(both.sum(axis=axis, keepdims=True))
-            found[i, j] = found[j, i] = product
-    return torch.stack([torch.stack([found[i, j] for j in range(n)]) for i in range(n)])

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from glue.checkpoint import Header, Weights, Writer
+from glue.checkpoint import Header, Weights
 from glue.errors import CheckpointError, MethodError
 from glue.family import Choice
 from glue.kinds import weights
 from glue.kinds.frame import config_of, generation_of, tokenizer_of, widest
 from glue.member import Member
 from glue.mix.site import Gate, Site
+from glue.writer import Writer
 
 if TYPE_CHECKING:
     from glue.kinds.modelling.model_mixture import GlueModelMixtureConfig

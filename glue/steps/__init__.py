@@ -7,10 +7,12 @@ arrive resolved:
     Many        names, `tag:x`, groups                      -> list[Member]
     Shares      members with a number each                  -> dict[Member, float], in the order of the recipe
     OnSuite     `suite:split`; OnDev takes no test split     -> Measured
+    OnConfig    a merge config of mergekit                   -> Configured
 
 Traits: `makes` is the kind of member it leaves; `lone` lets a family of one pass through as it is; `named` says that
 names go into the result, so that they belong to its origin; `writes` says how large the result will be: as `one` of
-the models that go in, or as `all` of them. Two functions raise for what cannot work, before anything runs: `words` is
+the models that go in, or as `all` of them; `resumes` that a draft which a killed
+run has left goes on where it was. Two functions raise for what cannot work, before anything runs: `words` is
 called with the parameters as they are written, `check` with the members too, as soon as these are there.
 """
 
@@ -26,10 +28,11 @@ from glue.member import Element, Member
 
 if TYPE_CHECKING:
     from glue.evaluate.suite import Item, Split, Suite
+    from glue.merge.mergekit.nouns import Config, ModelRef
     from glue.workers import Workers
 
 steps = Family("steps", "step", "glue.steps", first="Job -> Made",
-               traits=("makes", "lone", "named", "writes", "words", "check"))
+               traits=("makes", "lone", "named", "writes", "resumes", "words", "check"))
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,14 @@ class Measured:
         return {name: member.folder for name, member in self.data.items()}
 
 
+@dataclass(frozen=True)
+class Configured:
+    """A merge config, with the member behind each model that it names."""
+
+    config: Config
+    models: dict[ModelRef, Member]
+
+
 if TYPE_CHECKING:  # what a step's function is given
     One = Member
     Tunable = Member
@@ -77,6 +88,7 @@ if TYPE_CHECKING:  # what a step's function is given
     Shares = dict[Member, float]
     OnSuite = Measured
     OnDev = Measured
+    OnConfig = Configured
 else:  # what a recipe says
     One = Annotated[str, Takes("one", MODELS)]
     Tunable = Annotated[str, Takes("one", ("model",))]
@@ -85,6 +97,7 @@ else:  # what a recipe says
     Datasets = Annotated[list[Any], Takes("many", ("dataset",))]
     Shares = Annotated[dict[str, Positive], Takes("shares", ("dataset",))]
     OnSuite = Annotated[str, Takes("suite", ("dev", "test"))]
+    OnConfig = Annotated[str, Takes("config", MODELS)]
     OnDev = Annotated[str, Takes("suite", ("dev",))]  # for whatever chooses by what it measures
 
 

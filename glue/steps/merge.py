@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from glue.family import Choice, Of
@@ -9,7 +10,9 @@ from glue.member import Member
 from glue.steps import Job, Made, Many, One, steps
 
 if TYPE_CHECKING:
+    from glue.merge.engine import Merge
     from glue.merge.leaf import Source
+    from glue.workers import Workers
 
 
 def compatible(members: list[Member], method: Choice, base: Member | None = None, **_: Any) -> None:
@@ -19,27 +22,35 @@ def compatible(members: list[Member], method: Choice, base: Member | None = None
     check(method, sources_of(members), source_of(base))
 
 
-@steps.add("merge", makes="model", lone=True, writes="one", check=compatible)
+@steps.add("merge", makes="model", lone=True, writes="one", resumes=True, check=compatible)
 def merge(job: Job, *, members: Many, method: Annotated[Any, Of("merging")], base: One | None = None,
           dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> Made:
     """One model out of several, by any merge method; `base` is what deltas are taken from.
 
     dtype  of the result; unless given that of the base, or without a base the smallest that holds every member's
     """
-    job.workers.call("glue.steps.merge:work", job.folder, members, base, method, job.seed, dtype, report=job.report)
+    merge_into(job, members, base, method, dtype)
     names = ", ".join(member.short for member in members)
     return Made("model", base=base or members[0], note=f"{method.method.name} of {names}")
 
 
-def work(folder, members: list[Member], base: Member | None, method: Choice, seed: int, dtype: str | None,
-         report=None) -> None:
-    """In a worker: stream the merge into the folder, then put configuration and tokenizer beside it."""
-    from glue.kinds.frame import copy_frame
-    from glue.merge.engine import write
+def merge_into(job: Job, members: list[Member], base: Member | None, method: Choice, dtype: str | None) -> None:
+    """Stream a merge into the job's folder, by all workers, and put configuration and tokenizer beside it."""
+    from glue.merge.engine import prepared
 
-    told = (lambda done, total: report(done, total, "")) if report else (lambda done, total: None)
-    write(method, sources_of(members), source_of(base), folder, seed=seed, out_dtype=dtype, report=told)
-    copy_frame(base or members[0], folder)
+    made = prepared(method, sources_of(members), source_of(base), seed=job.seed, out_dtype=dtype)
+    spread(made, job.folder, job.workers, report=lambda done, total: job.report(done, total, ""))
+    job.workers.call("glue.kinds.frame:copy_frame", base or members[0], job.folder)
+
+
+def spread(merge: Merge, folder: Path, workers: Workers, **how: Any) -> str:
+    """Write a merge with all workers; see `glue.merge.write.write`."""
+    from glue.merge.write import write
+
+    def by_workers(calls, each) -> None:
+        workers.map("glue.merge.write:fill", calls, each=each)
+
+    return write(merge, folder, number=max(1, workers.number), spread=by_workers, **how)
 
 
 def sources_of(members: list[Member]) -> list[Source]:

@@ -12,7 +12,7 @@ from glue.errors import MethodError
 from glue.family import Choice, Count, Of, is_per_member
 from glue.member import Member
 from glue.steps import Job, Made, Many, Measured, OnDev, One, steps
-from glue.steps.merge import compatible, source_of, sources_of
+from glue.steps.merge import compatible, merge_into, source_of, sources_of
 
 SEARCH_NOTE = "search.json"  # in the folder of what a search found: its weights and every candidate it tried
 
@@ -73,7 +73,7 @@ def search(job: Job, *, members: Many, strategy: Annotated[Any, Of("searching")]
         member = _by_name(members)[found.candidate.parts[0][0]]
         return Made(member.kind, base=member.base, seen=seen, same=member, note=note)
     choice, chosen = _choice(found.candidate, members, merge)
-    job.workers.call("glue.steps.merge:work", job.folder, chosen, base, choice, job.seed, None)
+    merge_into(job, chosen, base, choice, None)
     return Made("model", base=base or members[0], seen=seen, note=note)
 
 

@@ -73,7 +73,8 @@ def test_a_process_killed_while_it_publishes_leaves_both_folders_whole(tmp_path,
 
 WRITE = """
 import torch
-from glue.checkpoint import Header, Writer
+from glue.checkpoint import Header
+from glue.writer import Writer
 names = {f't{k}': Header(torch.float32, (1000,)) for k in range(4)}
 writer = Writer(place, names, shard_size=int(sys.argv[2]))
 die_in(sys.argv[3], int(sys.argv[4]))

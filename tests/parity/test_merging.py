@@ -109,8 +109,19 @@ def test_ties_is_mergekits_but_for_entries_at_the_cut(mergekit, density, normali
     assert apart == 0 if density == 1 else 0 < apart < 0.02 * SIZE
 
 
+@pytest.mark.parametrize("rescale", ["none", "l1"])
+def test_ties_that_restores_norms_is_mergekits(mergekit, rescale):
+    members, base = zoo(FP32)
+    given = {"weight": WEIGHTS, "density": 0.2, "lambda": 0.9}
+    ours = dict(merged(merging["ties"].bind({**given, "rescale": rescale}), members, base))
+    theirs = mergekit("ties", members, base, FP32, **given, rescale=rescale == "l1")
+    plain = mergekit("ties", members, base, FP32, **given)
+    assert all(float((ours[name] - theirs[name]).abs().max()) <= 6e-8 for name in SHAPES)
+    assert (max(float((theirs[name] - plain[name]).abs().max()) for name in SHAPES) > 1e-3) == (rescale == "l1")
+
+
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
-@pytest.mark.parametrize("rescale", ["share", "l1"])
+@pytest.mark.parametrize("rescale", ["none", "share", "l1"])
 def test_dare_that_keeps_everything_is_mergekits_bit_by_bit(mergekit, method, rescale):
     members, base = zoo()
     given = {"weight": WEIGHTS, "density": 1.0, "lambda": 1.2}
@@ -187,6 +198,48 @@ def test_the_only_error_is_the_one_rounding_at_the_end(method, oracle, given, dt
         assert ours[name].dtype == dtype
         assert np.all(np.abs(found - exact) <= 0.5 * unit + slack)
         assert np.quantile(np.abs(found - exact) / unit, 0.99) <= 0.501
+
+
+@pytest.mark.parametrize("rescale", ["none", "l1"])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_ties_can_cut_the_whole_model_at_once(dtype, rescale):
+    """As its paper does; tensors that changed little then keep little."""
+    members, base = zoo(dtype)
+    calm = {name: base.weights[name] + (0.25 if name == "a.weight" else 1) * (tensor - base.weights[name])
+            for name, tensor in members[2].weights.items()}
+    members[2] = Source("m2", InMemory(calm))
+    given = {"weight": WEIGHTS, "density": {"m0": 0.1, "m1": 0.2, "m2": 0.3, "m3": 1.0}, "rescale": rescale}
+    weight = np.array(list(WEIGHTS.values()))
+    flat = np.stack([np.concatenate([(wide(member, name) - wide(base, name)).ravel() for name in SHAPES])
+                     for member in members])
+    if dtype == BF16:
+        flat = flat.astype(np.float32).astype(np.float64)
+    whole = np.abs(flat).sum(1)
+    for delta, density in zip(flat, given["density"].values(), strict=True):
+        delta[np.argsort(-np.abs(delta), kind="stable")[max(1, int(density * SIZE)):]] = 0
+    if rescale == "l1":
+        flat *= (whole / np.abs(flat).sum(1))[:, None]
+    votes = weight[:, None] * flat
+    agrees = np.sign(votes) == np.where(votes.sum(0) >= 0, 1, -1)
+    counted = (weight[:, None] * agrees).sum(0)
+    exact = (votes * agrees).sum(0) / np.where(counted == 0, 1, counted)
+    decided = ~(np.abs(votes.sum(0)) < 1e-6 * np.abs(votes).sum(0))
+    assert decided.mean() > 0.999
+    for piece in (1000, 1 << 17):
+        made = dict(merged(merging["ties"].bind({**given, "scope": "model"}), members, base, piece=piece,
+                           out_dtype="float32"))
+        found = np.concatenate([(made[name].double().numpy() - wide(base, name)).ravel() for name in SHAPES])
+        assert np.abs(found - exact)[decided].max() <= 3e-8  # half a unit in the last place of weights up to 0.25
+    alone = dict(merged(merging["ties"].bind(given), members, base, out_dtype="float32"))
+    assert different(made, alone) > 0.1 * SIZE
+
+
+def test_a_model_of_one_tensor_is_cut_as_its_tensor_is():
+    members, base = ([Source(source.name, InMemory({"w": source.weights["a.weight"]})) for source in sources]
+                     for sources in (zoo()[0], [zoo()[1]]))
+    one, other = (dict(merged(merging["ties"].bind({"density": 0.2, "scope": scope}), members, base[0]))
+                  for scope in ("tensor", "model"))
+    assert torch.equal(one["w"], other["w"])
 
 
 def test_dare_keeps_its_share_and_divides_by_it():

@@ -16,9 +16,10 @@ from torch import Tensor
 from glue.checkpoint import InMemory
 from glue.errors import CheckpointError, MethodError
 from glue.merge import merging
+from glue.merge.cut import among_largest, cut_at
 from glue.merge.engine import check, merged
 from glue.merge.leaf import Leaf, Source, random_key
-from glue.merge.sparsify import among_largest, cut_at
+from glue.merge.target import Held
 
 WEIGHTS = {"m0": 0.1, "m1": 0.2, "m2": 0.3, "m3": 0.4}
 DENSITY = {"m0": 0.2, "m1": 0.3, "m2": 0.4, "m3": 0.5}
@@ -121,6 +122,18 @@ def test_breadcrumbs_are_mergekits_but_for_entries_at_the_cuts(mergekit, method,
     assert 0 < apart < 0.02 * SIZE  # bf16 has many equal magnitudes, of which mergekit keeps others
 
 
+@pytest.mark.parametrize("method", ["breadcrumbs", "breadcrumbs_ties"])
+@pytest.mark.parametrize("rescale", ["none", "l1"])
+def test_breadcrumbs_that_restore_norms_are_mergekits(mergekit, method, rescale):
+    members, base = zoo(FP32)
+    given = {"weight": WEIGHTS, "density": 0.2, "gamma": 0.05}
+    ours = dict(merged(merging[method].bind({**given, "rescale": rescale}), members, base))
+    theirs = mergekit(method, members, base, **given, rescale=rescale == "l1")
+    plain = mergekit(method, members, base, **given)
+    assert not any(far(ours[name], theirs[name]).any() for name in SHAPES)
+    assert any(far(theirs[name], plain[name], 1e-3).any() for name in SHAPES) == (rescale == "l1")
+
+
 @pytest.mark.parametrize("method", ["breadcrumbs", "breadcrumbs_ties", "della", "della_linear"])
 def test_a_density_of_one_drops_nothing_in_mergekit_either(mergekit, method):
     members, base = zoo()
@@ -167,6 +180,18 @@ def test_ram_is_mergekits(mergekit, method, given):
     for name in SHAPES:
         at_threshold = np.isclose(np.abs(differences(members, base, name)), given.get("epsilon", 1e-5), rtol=1e-6)
         assert not at_threshold.any() and not far(ours[name], theirs[name]).any()
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
+@pytest.mark.parametrize("rescale", ["none", "l1"])
+def test_what_is_drawn_is_rescaled_as_in_mergekit(mergekit, monkeypatch, method, rescale):
+    members, base = zoo(FP32)
+    given = {"weight": WEIGHTS, "density": DENSITY}
+    ours = dict(merged(merging[method].bind({**given, "rescale": rescale}), members, base))
+    drawn = iter([draw for name in SHAPES for draw in draws(members, name)])
+    monkeypatch.setattr(torch, "bernoulli", lambda chance: (next(drawn).reshape(chance.shape) < chance).float())
+    theirs = mergekit(method, members, base, **given, rescale=rescale == "l1")
+    assert next(drawn, None) is None and not any(far(ours[name], theirs[name], 1.2e-7).any() for name in SHAPES)
 
 
 @pytest.mark.parametrize("method", ["della", "della_linear"])
@@ -348,8 +373,9 @@ def test_of_equals_at_the_upper_cut_the_first_is_the_outlier():
 
 def test_no_entry_is_among_the_largest_none():
     numbers = torch.tensor([[1.0, torch.inf, 0.0]])
-    assert among_largest(numbers, cut_at(numbers, [0]), 0).tolist() == [[False, False, False]]
-    assert among_largest(numbers, cut_at(numbers, [3]), 0).tolist() == [[True, True, True]]
+    none, every = cut_at(Held(Leaf("w", numbers)), [0], [3])
+    assert among_largest(numbers, none, 0).tolist() == [[False, False, False]]
+    assert among_largest(numbers, every, 0).tolist() == [[True, True, True]]
 
 
 def test_sce_selects_where_members_differ_and_weighs_by_squares():

@@ -14,7 +14,9 @@ from glue.checkpoint import InMemory
 from glue.errors import CheckpointError, MethodError
 from glue.merge import merging
 from glue.merge.engine import check, merged
-from glue.merge.leaf import Source, gram
+from glue.merge.gram import gram, gram_along
+from glue.merge.leaf import Leaf, Source
+from glue.merge.target import Held
 
 FP32, FP64 = torch.float32, torch.float64
 SHAPES = {"a.weight": (96, 160), "b.weight": (3, 40, 24), "c.norm": (160,)}
@@ -362,8 +364,8 @@ def test_inner_products_are_those_of_fp64():
     tensors = torch.randn(3, 50, 4, 30, generator=torch.Generator().manual_seed(1))
     exact = tensors.double()
     for axis, letters in ((None, "iabc,jabc->ij"), (0, "iabc,jabc->ijbc"), (-1, "iabc,jabc->ijab")):
-        found = gram(tensors, axis)
-        assert found.shape == {None: (3, 3, 1, 1, 1), 0: (3, 3, 1, 4, 30), -1: (3, 3, 50, 4, 1)}[axis]
+        found = gram(Held(Leaf("w", tensors))) if axis is None else gram_along(tensors, axis)
+        assert found.shape == {None: (3, 3), 0: (3, 3, 1, 4, 30), -1: (3, 3, 50, 4, 1)}[axis]
         expected = torch.einsum(letters, exact, exact)
         assert torch.allclose(found.reshape(-1), expected.reshape(-1), rtol=1e-12, atol=1e-12)
 

@@ -133,7 +133,7 @@ def test_every_recipe_can_be_planned_on_an_empty_zoo(recipe: str, place: Path, t
 
 def test_every_step_leaves_one_member_whose_folder_tells_its_origin(plan: Plan):
     used = {task.step for task in plan}
-    assert used == {method.name for method in steps}
+    assert used == {method.name for method in steps} - {"mergekit"}  # which needs a config, and has tests of its own
     for task in plan:
         assert task.member and task.member.origin and task.origin and task.member.origin.key == task.origin.key
         if not task.folder(plan.zoo).exists():  # a family of one: its only member under a new name

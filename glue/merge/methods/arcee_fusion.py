@@ -7,33 +7,40 @@ not of a sample where there are more than a million.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from glue.merge import merging
+from glue.merge.cut import ranked
 from glue.merge.leaf import Leaf
+from glue.merge.target import Glimpse
 
-ROWS = 1024   # that are compared at once
 FLOOR = 1e-8  # is added to each probability
 
 
-def importance(x: Tensor, y: Tensor) -> Tensor:
-    """|y - x| times the divergence of y's softmax from x's: [rows, columns] -> [rows, columns], fp64."""
+def importance(leaf: Leaf) -> Tensor:
+    """|y - x| times the divergence of y's softmax from x's: [1, r, c], fp64."""
+    x, y = leaf.tensors
     p, q = y.double().softmax(-1) + FLOOR, x.double().softmax(-1) + FLOOR
-    divergence = (p * (p / q).log()).numpy().sum(-1, keepdims=True)  # unlike torch's sums, the same for any threads
-    return (y - x).abs() * torch.from_numpy(divergence)
+    # Unlike torch's sums, numpy's are the same for any threads. A divergence is less than zero by rounding alone.
+    divergence = (p * (p / q).log()).cpu().numpy().sum(-1, keepdims=True).clip(min=0)
+    return (y - x).abs_().double().mul_(torch.from_numpy(divergence).to(x.device))[None]
 
 
-@merging.add("arcee_fusion", source="https://arcee.ai", space="weight", whole=True, members=(2, 2), idempotent={})
+def edge(pieces: Glimpse) -> float:
+    """The importance from which on entries are taken."""
+    numel = pieces.numel
+    lower, median, upper = ranked(pieces, [numel - int(share * (numel - 1)) for share in (0.25, 0.5, 0.75)], importance)
+    return median + 1.5 * (upper - lower)
+
+
+@merging.add("arcee_fusion", source="https://arcee.ai", space="weight", glance=edge, sees="rows", members=(2, 2),
+             idempotent={})
 def arcee_fusion(leaf: Leaf) -> Tensor:
     """Take the second model's entries of an importance of at least median + 1.5 (upper - lower quartile).
 
-    leaf.tensors  [2, *shape]
+    leaf.tensors  [2, r, c]
     """
-    x, y = leaf.tensors.reshape(2, -1, leaf.tensors.shape[-1] if leaf.tensors.ndim > 1 else 1)
-    scores = torch.cat([importance(*rows) for rows in zip(x.split(ROWS), y.split(ROWS), strict=True)])
-    places = [int(share * (scores.numel() - 1)) for share in (0.25, 0.5, 0.75)]
-    lower, median, upper = np.partition(scores.reshape(-1).numpy(), places)[places]
-    kept = scores >= median + 1.5 * (upper - lower)
-    return (x + kept * (y - x)).reshape(leaf.tensors.shape[1:])
+    x, y = leaf.tensors
+    taken = importance(leaf)[0].ge_(leaf.seen).to(x.dtype)  # numbers, since torch is slow with masks
+    return y.sub_(x).mul_(taken).add_(x)

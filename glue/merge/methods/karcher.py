@@ -14,12 +14,15 @@ from torch import Tensor
 
 from glue.family import Natural, Positive
 from glue.merge import merging
-from glue.merge.leaf import Leaf, gram, summed
+from glue.merge.combine import combined
+from glue.merge.gram import gram
+from glue.merge.leaf import Leaf
+from glue.merge.target import Glimpse
 
 
-def shares(leaf: Leaf, *, max_iter: int, tol: float) -> Tensor:
-    """What each member is multiplied by: [n, 1], fp64."""
-    product = gram(leaf.tensors).reshape(leaf.n, leaf.n)
+def shares(pieces: Glimpse, *, max_iter: int, tol: float) -> Tensor:
+    """What each member is multiplied by: [n], fp64."""
+    product = gram(pieces)
     length = product.diagonal().sqrt()
     there = (length != 0).double()  # a tensor of zeros has no direction
     unit = there / torch.where(length == 0, 1, length)
@@ -43,7 +46,7 @@ def shares(leaf: Leaf, *, max_iter: int, tol: float) -> Tensor:
             break
         mean = far.cos() * mean + far.sin() / far * step
         mean = mean / size(mean)
-    return (length.mean() * mean * unit)[:, None]
+    return length.mean() * mean * unit
 
 
 @merging.add("karcher", source="arXiv:2603.04972", space="weight", glance=shares, symmetric=True, idempotent={})
@@ -54,4 +57,4 @@ def karcher(leaf: Leaf, *, max_iter: Natural = 10, tol: Positive = 1e-5) -> Tens
     tol           length of a step, in radians, below which the search ends
     leaf.tensors  [n, c]
     """
-    return summed(leaf.seen.to(leaf.tensors.dtype) * leaf.tensors)
+    return combined(leaf.seen, leaf.tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from glue.family import PerMember
@@ -18,7 +17,7 @@ def linear(leaf: Leaf, *, weight: PerMember[float] = 1.0, normalize: bool = True
     leaf.tensors  [n, c]
     weight        [n, 1]
     """
-    total = torch.zeros_like(leaf.tensors[0])
-    for x, w in zip(leaf.tensors, weight, strict=True):
+    total = leaf.tensors[0].mul_(weight[0])
+    for x, w in zip(leaf.tensors[1:], weight[1:], strict=True):
         total.addcmul_(x, w)  # fused, as in mergekit: both give the same bits
-    return total / whole(weight) if normalize else total
+    return total.div_(whole(weight)) if normalize else total

@@ -11,18 +11,21 @@ from torch import Tensor
 
 from glue.family import PerMember, Positive
 from glue.merge import merging
-from glue.merge.leaf import Leaf, gram, summed
+from glue.merge.combine import combined
+from glue.merge.gram import gram
+from glue.merge.leaf import Leaf
 from glue.merge.parameters import whole
+from glue.merge.target import Glimpse
 
 
-def shares(leaf: Leaf, *, weight: Tensor, normalize_weights: bool, eps: float) -> Tensor:
-    """What each member is multiplied by: [n, 1], fp64."""
-    weight = weight / whole(weight) if normalize_weights else weight
-    product = gram(leaf.tensors).reshape(leaf.n, leaf.n)
-    length = product.diagonal().sqrt().reshape(-1, 1)
+def shares(pieces: Glimpse, *, weight: Tensor, normalize_weights: bool, eps: float) -> Tensor:
+    """What each member is multiplied by: [n], fp64."""
+    weight = (weight / whole(weight) if normalize_weights else weight).flatten()
+    product = gram(pieces)
+    length = product.diagonal().sqrt()
     scaled = weight / (length + eps)
-    mean = summed(scaled * product * scaled.T).sum().clamp(min=0).sqrt()
-    return weight if mean < eps else scaled * (summed(weight * length) / mean)
+    mean = (scaled[:, None] * product * scaled).sum().clamp(min=0).sqrt()
+    return weight if mean < eps else scaled * ((weight * length).sum() / mean)
 
 
 @merging.add("multislerp", source="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea", space="delta",
@@ -36,4 +39,4 @@ def multislerp(leaf: Leaf, *, weight: PerMember[float] = 1.0, normalize_weights:
     leaf.tensors  [n, c], differences to the base where there is one
     weight        [n, 1]
     """
-    return summed(leaf.seen.to(leaf.tensors.dtype) * leaf.tensors)
+    return combined(leaf.seen, leaf.tensors)

@@ -6,39 +6,60 @@ signs are elected before members are weighed.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from glue.family import Share
 from glue.merge import merging
-from glue.merge.leaf import Leaf, inner, summed
-from glue.merge.sparsify import Cut, among_largest, cut_at
-from glue.merge.votes import with_winner
+from glue.merge.cut import Cut, among_largest, cut_at
+from glue.merge.leaf import Leaf
+from glue.merge.target import Glimpse
+from glue.merge.votes import won
 
 FAINT = 1e-6
 
 
-def variance(deltas: Tensor) -> Tensor:
-    """Over the members, at each entry: [n, c] -> [1, c]. Exactly zero where all members are equal."""
-    apart = deltas - deltas[0]
-    return (summed((apart - summed(apart) / len(deltas)).square()) / len(deltas))[None]
+def variance(leaf: Leaf) -> Tensor:
+    """Over the members, at each entry: [1, c]. Exactly zero where all members are equal."""
+    apart, total = torch.empty_like(leaf.tensors[0]), torch.zeros_like(leaf.tensors[0])
+    for delta in leaf.tensors[1:]:
+        total.add_(torch.sub(delta, leaf.tensors[0], out=apart))
+    mean = total.div_(leaf.n)
+    spread = mean * mean  # of the first member, which is 0 apart from itself
+    for delta in leaf.tensors[1:]:
+        torch.sub(delta, leaf.tensors[0], out=apart).sub_(mean)
+        spread.addcmul_(apart, apart)
+    return spread.div_(leaf.n)[None]
 
 
 def selected(leaf: Leaf, cut: Cut | None) -> Tensor:
     """The entries of leaf.tensors whose variance is among the largest of the tensor, the rest zero: [n, c]."""
-    return leaf.tensors if cut is None else leaf.tensors * among_largest(variance(leaf.tensors), cut, leaf.start)
+    if cut is None:
+        return leaf.tensors
+    chosen = among_largest(variance(leaf), cut, leaf.offset + leaf.start)
+    return leaf.tensors.mul_(chosen.view(torch.uint8).to(leaf.tensors.dtype))
 
 
-def weighed(leaf: Leaf, *, select_topk: float) -> tuple[Cut | None, Tensor]:
-    """Where the variance is cut, None for nowhere; and each member's share in the squares of what is left: [n, 1]."""
+def weighed(pieces: Glimpse, *, select_topk: float) -> tuple[Cut | None, Tensor]:
+    """Where the variance is cut, None for nowhere; and each member's share in the squares of the rest: [n], fp64."""
     cut = None
     if select_topk < 1:
-        spread = variance(leaf.tensors)
-        cut = cut_at(spread, [int(int(spread.count_nonzero()) * select_topk)])
-    squares = [inner(delta, delta) / delta.numel() for delta in selected(leaf, cut)]
-    total = sum(squares)
-    shares = [square / total if total >= FAINT else 1 / leaf.n for square in squares]
-    return cut, torch.tensor(shares, dtype=torch.float64).reshape(-1, 1)
+        varied = sum(int(variance(leaf).count_nonzero()) for leaf in pieces)
+        cut, = cut_at(pieces, [int(varied * select_topk)], of=variance)
+    squares = np.zeros(pieces.n)
+    for leaf in pieces:
+        squares += [_square(delta) for delta in selected(leaf, cut)]
+    squares /= pieces.numel
+    total = squares.sum()
+    shares = squares / total if total >= FAINT else np.full(pieces.n, 1 / pieces.n)
+    return cut, torch.from_numpy(shares)
+
+
+def _square(delta: Tensor) -> float:
+    """The sum of squares, in fp64; no number of threads changes its bits."""
+    numbers = delta.cpu().numpy().astype(np.float64)
+    return float(np.multiply(numbers, numbers, out=numbers).sum())
 
 
 @merging.add("sce", source="arXiv:2408.07990", space="delta", glance=weighed, symmetric=True,
@@ -52,6 +73,5 @@ def sce(leaf: Leaf, *, select_topk: Share = 1.0) -> Tensor:
     select_topk   share to select of the entries whose variance is not zero, in each whole tensor
     """
     cut, weight = leaf.seen
-    deltas = selected(leaf, cut)
-    counted = weight.to(deltas.dtype) * with_winner(deltas)
-    return summed(deltas * counted) / summed(counted).clamp(min=FAINT)
+    total, counted = won(selected(leaf, cut), weight, weight)
+    return total.div_(counted.clamp_(min=FAINT))

@@ -8,15 +8,18 @@ from torch import Tensor
 
 from glue.family import Probability
 from glue.merge import merging
-from glue.merge.leaf import Leaf, inner
+from glue.merge.combine import combined
+from glue.merge.gram import gram
+from glue.merge.leaf import Leaf
+from glue.merge.target import Glimpse
 
 COLINEAR = 0.9995  # |cosine| above which the arc is taken as straight
 
 
-def angle(leaf: Leaf) -> float:
+def angle(pieces: Glimpse) -> float:
     """The angle between the two flattened tensors, in radians; 0 where they are as good as parallel, or opposite."""
-    a, b = leaf.tensors
-    cosine = inner(a, b) / ((sqrt(inner(a, a)) or 1.0) * (sqrt(inner(b, b)) or 1.0))
+    (xx, xy), (_, yy) = gram(pieces).tolist()
+    cosine = xy / ((sqrt(xx) or 1.0) * (sqrt(yy) or 1.0))
     return 0.0 if abs(cosine) > COLINEAR else acos(cosine)
 
 
@@ -28,7 +31,5 @@ def slerp(leaf: Leaf, *, t: Probability = 0.5) -> Tensor:
 
     leaf.tensors  [2, c]
     """
-    x, y = leaf.tensors
-    if leaf.seen == 0:
-        return (1 - t) * x + t * y
-    return sin((1 - t) * leaf.seen) / sin(leaf.seen) * x + sin(t * leaf.seen) / sin(leaf.seen) * y
+    a = leaf.seen
+    return combined([sin((1 - t) * a) / sin(a), sin(t * a) / sin(a)] if a else [1 - t, t], leaf.tensors)

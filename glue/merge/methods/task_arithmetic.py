@@ -6,7 +6,8 @@ from torch import Tensor
 
 from glue.family import PerMember
 from glue.merge import merging
-from glue.merge.leaf import Leaf, summed
+from glue.merge.combine import added
+from glue.merge.leaf import Leaf
 from glue.merge.parameters import whole
 
 
@@ -18,5 +19,5 @@ def task_arithmetic(leaf: Leaf, *, weight: PerMember[float] = 1.0, normalize: bo
     leaf.tensors  [n, c], differences to the base
     weight        [n, 1]
     """
-    total = summed(weight * leaf.tensors)
-    return lambda_ * (total / whole(weight) if normalize else total)
+    total = added(leaf.tensors.mul_(weight))
+    return (total.div_(whole(weight)) if normalize else total).mul_(lambda_)

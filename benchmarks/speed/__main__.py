@@ -1,0 +1,127 @@
+"""The command line of the speed benchmark.
+
+    python -m benchmarks.speed merge [--shape 1b1] [--methods linear,ties] [--json FILE]    measures
+    python -m benchmarks.speed table FILE.json ... [--into README.md [--check]]             prints, or fills a page
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.speed.machine import machine
+from benchmarks.speed.pairs import OURS, PEER, Bench, recorded
+from benchmarks.speed.rows import ROWS, SYNCED, Row
+from benchmarks.speed.shapes import SHAPES, made
+from benchmarks.speed.table import markdown, put
+from glue.errors import GlueError, did_you_mean
+from glue.files import write_aside
+
+
+def main(words: list[str] | None = None) -> int:
+    """Measure or print; 1 where a row failed or a page is out of date, 2 where a word is wrong."""
+    given = _parser().parse_args(words)
+    try:
+        return merge(given) if given.what == "merge" else table(given)
+    except GlueError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def merge(given: argparse.Namespace) -> int:
+    """Measure the rows one after the other, write down each at once, and print the table."""
+    if given.clean:
+        shutil.rmtree(given.folder / given.shape, ignore_errors=True)
+        return 0
+    names, members = _chosen(given.methods, given.memory_only), given.members or (3 if given.memory_only else 4)
+    shape, folder = SHAPES[given.shape], given.folder / given.shape
+    n = max(ROWS[_method(name)].n or members for name in names)
+    outputs = 1 if given.no_peer or given.memory_only else 2
+    bench = Bench(folder, made(folder, shape, n, outputs), members, given.pairs, given.patience,
+                  sides=(OURS,) if given.no_peer else (OURS, PEER))
+    if given.memory_only:
+        bench = dataclasses.replace(bench, pairs=0, sides=(OURS,), probed=False)
+    results = recorded(given.json, {"shape": given.shape, "bytes": shape.nbytes, "machine": machine(folder)})
+    _warm(given.folder, bench)
+    failed = 0
+    for name in names:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        try:
+            results["rows"][name] = bench.row(ROWS[_method(name)], sync=name == SYNCED)
+        except GlueError as error:  # hours of other rows are not lost with one
+            failed += 1
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+        if given.json:
+            write_aside(given.json, json.dumps(results, indent=1) + "\n")
+    file = given.json or folder / "results.json"
+    write_aside(file, json.dumps(results, indent=1) + "\n")
+    print(markdown([file]))
+    return int(failed > 0)
+
+
+def table(given: argparse.Namespace) -> int:
+    """Print the tables of some results, or put them into a page."""
+    if not given.into:
+        print(markdown(given.files))
+        return 0
+    text = put(given.into, given.files)
+    old = given.into.read_text(encoding="utf-8") != text
+    if old and not given.check:
+        write_aside(given.into, text)
+    if old:
+        print(f"{given.into} {'is out of date' if given.check else 'written'}")
+    return int(old and given.check)
+
+
+def _method(name: str) -> str:
+    return "linear" if name == SYNCED else name
+
+
+def _chosen(words: str, memory_only: bool) -> list[str]:
+    """The rows that are asked for, in the order of the table. Raises GlueError for one that is not there."""
+    known = [*ROWS, SYNCED]
+    if not words:
+        return ["linear", "ties"] if memory_only else known
+    asked = [word.strip() for word in words.split(",")]
+    for word in asked:
+        if word not in known:
+            raise GlueError(f"there is no row '{word}'{did_you_mean(word, known)}")
+    return [name for name in known if name in asked]
+
+
+def _warm(folder: Path, bench: Bench) -> None:
+    """Merge tiny models first: nobody shall pay for reading libraries from the disk, and mistakes show early."""
+    tiny = dataclasses.replace(bench, folder=folder / "tiny", places=made(folder / "tiny", SHAPES["tiny"], 2),
+                               members=2, pairs=1)
+    tiny.row(Row("linear", base="none", passes=1))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description="Merges, timed beside mergekit's.")
+    what = parser.add_subparsers(dest="what", required=True)
+    one = what.add_parser("merge", help="measure")
+    one.add_argument("--shape", choices=[*SHAPES], default="160m", help="of the models (160m)")
+    one.add_argument("--methods", default="", help=f"rows, with commas between them; all: {','.join([*ROWS, SYNCED])}")
+    one.add_argument("--pairs", type=int, default=5, help="pairs of runs a row (5)")
+    one.add_argument("--members", type=int, default=0, help="models a merge, where a method does not say (4)")
+    one.add_argument("--patience", type=float, default=600, help="seconds; a slower peer is run once a row (600)")
+    one.add_argument("--no-peer", action="store_true", help="glue alone")
+    one.add_argument("--memory-only", action="store_true", help="glue alone, linear and ties of 3, nothing timed")
+    one.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "glue-speed",
+                     help="where models are made and kept")
+    one.add_argument("--json", type=Path, help="write results here, row by row; rows that are there already are kept")
+    one.add_argument("--clean", action="store_true", help="only remove the models of the shape")
+    two = what.add_parser("table", help="print results as Markdown")
+    two.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
+    two.add_argument("--into", type=Path, metavar="PAGE", help="put it into a page, between its two markers")
+    two.add_argument("--check", action="store_true", help="change nothing; fail where the page is out of date")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
