@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -102,8 +102,8 @@ class _Search:
 
     def aim(self, sample: _Sample | None, numel: int) -> None:
         """Set a bracket by the sample, inside what is known already."""
-        low, high = sample.bracket(self.row, self.rank / numel, self.times) if sample else (self.floor, self.ceiling)
-        low, high = max(low, self.floor), min(high, self.ceiling)
+        aimed = sample.bracket(self.row, self.rank / numel, self.times) if sample else (self.floor, self.ceiling)
+        low, high = max(aimed[0], self.floor), min(aimed[1], self.ceiling)
         self.begin(*(low, high) if low <= high else (self.floor, self.ceiling))
         self.times *= 8
 
@@ -117,7 +117,7 @@ class _Search:
     def look(self, keys: np.ndarray, start: int, most: int) -> None:
         """Count and collect in one piece. No key is larger than `most`."""
         if self.high < most:
-            self.above += np.count_nonzero(keys > self.high)
+            self.above += int(np.count_nonzero(keys > self.high))
         if self.low == self.high:
             count = np.count_nonzero(keys == self.low)
             self.inside.append((start, len(keys), np.array([self.low], keys.dtype), np.array([count])))
@@ -160,7 +160,7 @@ class _Search:
             return "higher" if wanted <= 0 else "lower"
         if often is None:
             key = int(np.partition(keys, there - wanted)[there - wanted])
-            return key, wanted - np.count_nonzero(keys > key), np.count_nonzero(keys == key)
+            return key, wanted - int(np.count_nonzero(keys > key)), int(np.count_nonzero(keys == key))
         keys, often = _counted(keys, often)
         reached = often[::-1].cumsum()
         k = int(np.searchsorted(reached, wanted))
@@ -213,7 +213,7 @@ class _Sample:
                 found.append(_keys(numbers[row]))
         self.all = {row: np.sort(np.concatenate(found)) for row, found in self.runs.items()}
 
-    def bracket(self, row: int, share: float, times: int) -> tuple[int, int] | None:
+    def bracket(self, row: int, share: float, times: int) -> tuple[int, int]:
         """Two keys that the key at this share from the top lies between, so many times wider than it need be."""
         keys = self.all[row]
         middle = min(int(len(keys) * (1 - share)), len(keys) - 1)
@@ -261,7 +261,7 @@ def _keys(numbers: Tensor) -> np.ndarray:
     return np.minimum(keys, most, out=keys) if keys.max(initial=0) > most else keys
 
 
-def _most(signed: np.dtype) -> np.integer:
+def _most(signed: np.dtype) -> Any:
     """The key of infinity."""
     return np.array(np.inf, f"f{signed.itemsize}").view(signed)[()]
 

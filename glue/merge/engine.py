@@ -97,7 +97,7 @@ def _called(choice: Choice, given: dict[str, Any], leaf: Leaf) -> Tensor:
     result = choice(leaf, **given)
     assert result.shape == leaf.tensors.shape[1:], \
         f"'{choice.method.name}' made {tuple(result.shape)} of {tuple(leaf.tensors.shape)}"
-    return leaf.base + result if choice.method.traits["space"] == "delta" and leaf.base is not None else result
+    return leaf.base.add_(result) if choice.method.traits["space"] == "delta" and leaf.base is not None else result
 
 
 @dataclass(frozen=True)

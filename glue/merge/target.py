@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
 
@@ -135,7 +135,7 @@ class Model:
     def __iter__(self) -> Iterator[Leaf]:
         for part in self.parts:
             yield from part
-            part._read = None
+            part._read = part._memory = None  # or every tensor would keep its own
 
     def at(self, start: int, count: int) -> Leaf:
         """The piece that begins at a flat index of the model; it ends where its tensor does."""
@@ -150,11 +150,11 @@ class Held:
         self.leaf, self.n, self.numel = leaf, leaf.n, leaf.tensors[0].numel()
 
     def __iter__(self) -> Iterator[Leaf]:
-        yield self.leaf
+        yield self.at(0, self.numel)
 
     def at(self, start: int, count: int) -> Leaf:
-        """The one piece there is."""
-        return self.leaf
+        """The one piece there is; a copy, since a glance may change it in place."""
+        return replace(self.leaf, tensors=self.leaf.tensors.clone())
 
 
 Glimpse = Pieces | Model | Held  # what a glance is given

@@ -224,7 +224,7 @@ def test_ties_can_cut_the_whole_model_at_once(dtype, rescale):
     counted = (weight[:, None] * agrees).sum(0)
     exact = (votes * agrees).sum(0) / np.where(counted == 0, 1, counted)
     decided = ~(np.abs(votes.sum(0)) < 1e-6 * np.abs(votes).sum(0))
-    assert decided.mean() > 0.999
+    assert decided.mean() > (0.997 if dtype == BF16 else 0.9999)
     for piece in (1000, 1 << 17):
         made = dict(merged(merging["ties"].bind({**given, "scope": "model"}), members, base, piece=piece,
                            out_dtype="float32"))

@@ -29,8 +29,8 @@ Rescale = Literal["none", "share", "l1"]
 def thinned(leaf: Leaf, density: Tensor, epsilon: Tensor, by_chance: bool) -> Tensor:
     """A random share of the entries, each divided by its chance if by_chance, the rest zero: [n, r, c]."""
     # In the type of the leaf, since a glance is given fp64, and both must agree.
-    density, epsilon = (given.to(leaf.tensors.dtype).flatten().tolist() for given in (density, epsilon))
-    for i, (share, spread) in enumerate(zip(density, epsilon, strict=True)):
+    shares, spreads = (given.to(leaf.tensors.dtype).flatten().tolist() for given in (density, epsilon))
+    for i, (share, spread) in enumerate(zip(shares, spreads, strict=True)):
         chance = chances(leaf.tensors[i], share, spread)
         if share < 1:
             leaf.tensors[i].mul_(torch.lt(leaf.uniform(i), chance, out=torch.empty_like(chance)))
