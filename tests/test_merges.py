@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -232,6 +234,23 @@ def test_a_place_that_cannot_be_written_to_is_told(ties, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
         merge_file(ties, tmp_path / "file/out", Settings())
+
+
+def test_a_read_only_disk_is_told_and_nothing_is_lost(ties, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("glue.merges.publish", Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
+        with pytest.raises(RunError, match="cannot be written: Read-only file system"):
+            merge_file(ties, tmp_path / "out", Settings())
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.draft/model.safetensors").exists()
+    assert merge_file(ties, tmp_path / "out", Settings())[0]["made"]
+
+
+def test_a_device_that_is_not_there_is_told_before_any_work(ties, tmp_path):
+    with pytest.raises(GlueError, match="'cuda:77' cannot be calculated on"):
+        merge_file(ties, tmp_path / "out", Settings(device="cuda:77"))
+    with pytest.raises(GlueError, match="'gpu' cannot be calculated on"):
+        merge_file(ties, tmp_path / "out", Settings(device="gpu"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ties.yaml"]
 
 
 @pytest.mark.parametrize("text, found", [("500MB", 500_000_000), ("5GB", 5_000_000_000), ("2.5 gib", 2_500_000_000),
