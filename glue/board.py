@@ -41,14 +41,30 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Searched:
+    """What a search came to for what it cost.
+
+    items  how many answers it asked for, over all of its candidates
+    found  what its result scored where it searched; `mean` is what that scores on the board
+    """
+
+    name: str
+    items: int
+    candidates: int
+    found: float
+    mean: Interval
+
+
+@dataclass(frozen=True)
 class Leaderboard:
-    """Rows from best to worst, the claims of the recipe, and one closing line."""
+    """Rows from best to worst, the claims of the recipe, one closing line, and its searches, the cheapest first."""
 
     title: str
     items: int
     rows: tuple[Row, ...]
     claims: tuple[Claim, ...]
     headline: str
+    searches: tuple[Searched, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -74,7 +90,7 @@ def leaderboard(plan: Plan) -> Leaderboard:
         headline = (f"{first['better']} {verb} {first['than']}{of}{by} {_points(gap)} points: "
                     f"{better.mean.value:.1%} against {than.mean.value:.1%} on {_items(better)} items")
     title = f"{plan.recipe.name}: {table.note}"
-    return Leaderboard(title, _items(rows[0]), rows, claims, headline)
+    return Leaderboard(title, _items(rows[0]), rows, claims, headline, _searches(plan, by_name))
 
 
 def plain(plan: Plan, table: Member) -> Leaderboard:
@@ -100,6 +116,19 @@ def rows_of(table: Table, plan: Plan) -> tuple[Row, ...]:
         rows.append(Row(shown[0], tuple(shown[1:]), kinds.get(names[0], ""), average(results),
                         {score.task: score.value for score in scores}, seen, results))
     return tuple(sorted(rows, key=lambda row: (-row.mean.value, row.member)))
+
+
+def _searches(plan: Plan, rows: dict[str, Row]) -> tuple[Searched, ...]:
+    """The searches of a plan whose results are on its board."""
+    found = []
+    for task in plan:
+        name = _shown(task.name, plan)
+        note = task.folder(plan.zoo) / SEARCH_NOTE if task.step == "search" and task.origin else None
+        if note is not None and name in rows and note.exists():  # a family of one was not searched
+            told = json.loads(note.read_text())
+            if "items" in told:  # else it was made before they were counted
+                found.append(Searched(name, told["items"], told["evaluated"], told["value"], rows[name].mean))
+    return tuple(sorted(found, key=lambda search: (search.items, -search.mean.value)))
 
 
 def _claim(plan: Plan, claim: dict[str, str], rows: dict[str, Row]) -> Claim:
@@ -154,6 +183,13 @@ def markdown(board: Leaderboard) -> Iterator[str]:
         others = f" = {' = '.join(row.others)}" if row.others else ""
         yield f"| {row.member}{others}{seen} | {row.kind} | {mean} | " + \
             " | ".join(f"{row.tasks[task] * 100:.0f}" for task in tasks) + " |"
+    if board.searches:
+        yield ""
+        yield "| search | answers asked for | candidates | where it searched | here |"
+        yield "|---|---|---|---|---|"
+    for search in board.searches:
+        mean = f"**{search.mean.value * 100:.1f}** [{search.mean.low * 100:.1f}, {search.mean.high * 100:.1f}]"
+        yield f"| {search.name} | {search.items} | {search.candidates} | {search.found * 100:.1f} | {mean} |"
     if board.claims:
         yield ""
         yield "Differences on the same items, in points, with paired 95 % intervals:"

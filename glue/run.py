@@ -67,7 +67,7 @@ class _Run:
     def all(self) -> Plan:
         """Plan, start what is ready, wait for something to finish, register it, and again."""
         plan = make_plan(self.recipe, self.zoo)
-        self._sweep({task.origin.key[:16] for task in plan if task.origin and task.choice
+        self._sweep({task.origin.key[:16] for task in plan if task.origin and task.choice and task.state != "done"
                      and task.choice.method.traits.get("resumes")})
         with ThreadPoolExecutor(max(1, self.workers.number)) as threads:
             try:

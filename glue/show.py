@@ -205,6 +205,9 @@ def print_board(board: Leaderboard, as_json: bool = False) -> None:
     out = console()
     out.print()
     out.print(_grid(board))
+    if board.searches:
+        out.print()
+        out.print(_costs(board))
     if board.claims:
         out.print("\n[dim]differences on the same items, in points, with paired 95 % intervals[/]")
     for claim in board.claims:
@@ -239,6 +242,18 @@ def _grid(board: Leaderboard) -> Grid:
     return grid
 
 
+def _costs(board: Leaderboard) -> Grid:
+    """What searches came to for what they cost."""
+    grid = Grid(box=None, pad_edge=False)
+    for heading in ("search", "answers asked for", "candidates", "where it searched", "here", "95 %"):
+        grid.add_column(heading, justify="left" if heading == "search" else "right")
+    for search in board.searches:
+        grid.add_row(escape(search.name), f"{search.items:,}", str(search.candidates), f"{search.found * 100:.1f}",
+                     f"[bold]{search.mean.value * 100:.1f}[/]",
+                     f"[dim]{search.mean.low * 100:.1f}-{search.mean.high * 100:.1f}[/]")
+    return grid
+
+
 def write_boards(plans: Sequence[Plan]) -> Path:
     """The boards of a full run as one Markdown file in benchmarks/boards, and beside it what was made, as a log."""
     recipe = plans[0].recipe
@@ -261,6 +276,8 @@ def board_data(board: Leaderboard) -> dict[str, Any]:
     """A leaderboard as plain data."""
     return {"title": board.title, "items": board.items, "headline": board.headline,
             "claims": [{"text": claim.text, "holds": claim.holds} for claim in board.claims],
+            "searches": [{"search": search.name, "items": search.items, "candidates": search.candidates,
+                          "found": search.found, "mean": search.mean.value} for search in board.searches],
             "rows": [{"member": row.member, "others": list(row.others), "kind": row.kind, "mean": row.mean.value,
                       "low": row.mean.low, "high": row.mean.high, "tasks": row.tasks, "seen": row.seen}
                      for row in board.rows]}

@@ -65,7 +65,7 @@ class Workers:
             torch.set_num_threads(self.threads)
             results = []
             for k, args in enumerate(calls):
-                results.append(_function(target)(*args, **({"report": report} if report else {})))
+                results.append(run_here(target, args, report))
                 if each:
                     each(k, results[-1])
             return results
@@ -174,12 +174,14 @@ def _end_with(parent: Any) -> None:
 
 
 def _work(target: str, args: tuple[Any, ...], ticket: int | None) -> Any:
-    extra = {}
-    if ticket is not None:
-        extra["report"] = lambda done, total, note="": _events.put((ticket, done, total, note))
-    return _function(target)(*args, **extra)
+    def report(done: int, total: int, note: str = "") -> None:
+        _events.put((ticket, done, total, note))
+
+    return run_here(target, args, None if ticket is None else report)
 
 
-def _function(target: str) -> Callable[..., Any]:
+def run_here(target: str, args: tuple[Any, ...], report: Report | None = None) -> Any:
+    """Run `package.module:function` in this process; it gets a `report` where there is one."""
     module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
+    function = getattr(importlib.import_module(module), name)
+    return function(*args, **({"report": report} if report else {}))

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glue.checkpoint import InMemory
-from glue.cluster.linkage import clusters, medoid
-from glue.cluster.similarity import compatible, similarity
+from glue.cluster.linkage import clusters, families, medoid
+from glue.cluster.similarity import PARTS, compatible, similarities, similarity
 from glue.errors import CheckpointError
 
 LINKAGES = ["leader", "single", "average", "complete"]
@@ -118,7 +118,8 @@ def test_a_neuron_permuted_twin_is_not_alike_by_weights():
 def test_the_size_of_a_block_does_not_show(monkeypatch):
     sources = [model(k, hidden=16) for k in range(3)]
     whole = similarity(sources)
-    monkeypatch.setattr("glue.cluster.similarity.BLOCK", 48)
+    for name, value in (("BLOCK", 200), ("LEAST", 48), ("SUMMED", 32)):
+        monkeypatch.setattr(f"glue.cluster.similarity.{name}", value)
     assert np.abs(similarity(sources) - whole).max() < 1e-6
 
 
@@ -129,26 +130,78 @@ def test_halves_are_widened_before_they_are_summed():
     assert similarity(halves)[0, 1] == pytest.approx(exact, abs=1e-6)
 
 
-def test_every_tensor_is_read_once_and_progress_sees_each():
-    class Counted(InMemory):
-        def __init__(self, tensors):
-            super().__init__(tensors)
-            self.read: list[str] = []
+class Counted(InMemory):
+    """Notes which tensors are read."""
 
-        def __getitem__(self, name):
-            if hasattr(self, "read"):
-                self.read.append(name)
-            return super().__getitem__(name)
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        self.read: list[str] = []
 
-    sources, seen = [Counted(dict(model(k))) for k in range(4)], []
+    def __getitem__(self, name):
+        if hasattr(self, "read"):
+            self.read.append(name)
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize("n", [2, 4, 32])
+@pytest.mark.parametrize("per", ["column", "tensor"])
+def test_every_tensor_is_read_once_however_many_members_and_progress_sees_each(n, per):
+    sources, base, seen = [Counted(dict(model(k))) for k in range(n)], Counted(dict(model(99))), []
 
     def progress(names):
         for name in names:
             seen.append(name)
             yield name
 
-    similarity(sources, progress=progress)
-    assert all(sorted(source.read) == sorted(seen) for source in sources) and len(seen) == len(set(seen)) == 4
+    similarities(sources, base=base, per=per, progress=progress)
+    assert all(sorted(source.read) == sorted(seen) for source in [*sources, base])
+    assert len(seen) == len(set(seen)) == 4
+
+
+def test_one_pass_tells_all_parts_as_a_pass_for_each_does():
+    sources, base = [near(model(0), k, 0.3) for k in range(3)], model(0)
+    for below in (None, base):
+        found = similarities(sources, base=below)
+        for part in PARTS:
+            assert np.abs(found.cosine[part] - similarity(sources, part=part, base=below)).max() == 0
+
+
+def test_the_cosine_of_a_whole_matrix_is_what_one_gets_by_hand():
+    one, other = only("mlp.w", [[1.0, 3.0], [0.0, 4.0]]), only("mlp.w", [[1.0, 4.0], [1.0, 3.0]])
+    found = similarity([one, other, only("mlp.w", [[0.0, 0.0], [0.0, 0.0]])], per="tensor")
+    assert found[0, 1] == pytest.approx(25 / (26 * 27) ** 0.5, abs=1e-7) and found[0, 2] == 0
+
+
+def test_signs_and_lengths_of_changes_are_counted():
+    base = only("mlp.w", [[1.0, 1.0], [1.0, 1.0]])
+    one = only("mlp.w", [[2.0, 3.0], [0.0, 1.0]])    # changed by   1  2  -1  0
+    other = only("mlp.w", [[4.0, 0.0], [0.0, 3.0]])  # changed by   3 -1  -1  2
+    found = similarities([one, other, base], base=base)
+    assert found.agreement[0, 1] == pytest.approx(2 / 3) and found.overlap[0, 1] == 3 / 4
+    assert found.ratio[0, 1] == pytest.approx((6 / 15) ** 0.5) and found.ratio[0, 2] == 0
+    assert np.isnan(found.agreement[0, 2]) and found.overlap[0, 2] == 0
+    assert similarities([one, other]).agreement is None
+
+
+def test_independent_changes_agree_in_half_of_their_signs_and_copies_in_all():
+    base = model(0, hidden=64)
+    sources = [near(base, 1, 0.1), near(base, 2, 0.1), near(base, 1, 0.1)]
+    found = similarities(sources, base=base)
+    assert found.agreement[0, 1] == pytest.approx(0.5, abs=0.01) and found.agreement[0, 2] == 1
+    assert found.ratio[0, 1] == pytest.approx(1, abs=0.01) and found.ratio[0, 2] == 1
+
+
+def test_threads_change_no_bit_and_leave_the_number_of_torchs_own_as_it_was():
+    sources, before = [model(k, hidden=64) for k in range(5)], torch.get_num_threads()
+    one, four = (similarity(sources, threads=threads) for threads in (1, 4))
+    assert (one == four).all() and torch.get_num_threads() == before
+
+
+def test_a_copy_is_exactly_alike_in_any_company():
+    sources = [model(1, hidden=48), model(2, hidden=48), model(1, hidden=48), near(model(1, hidden=48), 3, 1e-3)]
+    for per in ("column", "tensor"):
+        found = similarity(sources, per=per)
+        assert found[0, 2] == pytest.approx(1, abs=1e-12) and found[0, 3] < 1 - 1e-8
 
 
 def test_a_model_with_nothing_to_compare_and_packed_weights_are_refused():
@@ -221,10 +274,11 @@ def test_defect_1_a_model_that_fits_no_family_opens_its_own():
 
 
 @st.composite
-def similarities(draw):
+def matrices(draw, unique=True):
     n = draw(st.integers(1, 7))
-    values = draw(st.lists(st.integers(-1000, 1000), min_size=n * n, max_size=n * n, unique=True))
-    found = np.array(values, dtype=float).reshape(n, n) / 1000
+    span = 1000 if unique else 3  # so that most are equal
+    values = draw(st.lists(st.integers(-span, span), min_size=n * n, max_size=n * n, unique=unique))
+    found = np.array(values, dtype=float).reshape(n, n) / span
     found = np.triu(found, 1) + np.triu(found, 1).T
     for a, b in draw(st.lists(st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)), max_size=4)):
         found[a, b] = found[b, a] = np.nan
@@ -235,14 +289,14 @@ def similarities(draw):
 thresholds = st.floats(-0.99, 0.99)
 
 
-@given(similarities(), thresholds, st.sampled_from(LINKAGES))
+@given(matrices(), thresholds, st.sampled_from(LINKAGES))
 def test_every_member_is_in_exactly_one_family_in_canonical_order(found, threshold, linkage):
     families = clusters(found, threshold, linkage)
     assert sorted(k for family in families for k in family) == list(range(len(found)))
     assert families == sorted(sorted(family) for family in families)
 
 
-@given(similarities(), thresholds, st.randoms(use_true_random=False))
+@given(matrices(), thresholds, st.randoms(use_true_random=False))
 def test_but_for_leaders_the_order_of_members_does_not_count(found, threshold, random):
     order = random.sample(range(len(found)), len(found))
     for linkage in ("single", "complete"):  # their similarities are among the given ones, which all differ
@@ -250,14 +304,34 @@ def test_but_for_leaders_the_order_of_members_does_not_count(found, threshold, r
         assert sorted(sorted(order[k] for k in family) for family in moved) == clusters(found, threshold, linkage)
 
 
-@given(similarities(), thresholds)
+@given(st.one_of(matrices(), matrices(unique=False)), thresholds, st.randoms(use_true_random=False))
+def test_families_and_their_medoids_are_the_same_in_every_order_also_where_similarities_are_equal(found, threshold,
+                                                                                                  random):
+    n = len(found)
+    keys = [f"{k:03d}" for k in random.sample(range(100), n)]
+    order = random.sample(range(n), n)
+    for linkage in ("single", "average", "complete"):
+        straight = families(found, keys, threshold, linkage)
+        moved = families(found[np.ix_(order, order)], [keys[k] for k in order], threshold, linkage)
+        assert sorted((sorted(order[k] for k in family), order[middle]) for family, middle in moved) == straight
+        assert all(middle in family for family, middle in straight)
+
+
+def test_leaders_keep_the_order_that_is_given():
+    base_first = square(3, {(0, 1): 0.956, (0, 2): 0.956, (1, 2): 0.914})
+    assert families(base_first, ["z", "y", "x"], 0.95, "leader") == [([0, 1, 2], 0)]
+    base_last = base_first[np.ix_([1, 2, 0], [1, 2, 0])]
+    assert families(base_last, ["a", "b", "c"], 0.95, "leader") == [([0, 2], 0), ([1], 1)]
+
+
+@given(matrices(), thresholds)
 def test_what_cannot_be_compared_is_never_in_one_family(found, threshold):
     for linkage in ("average", "complete"):
         for family in clusters(found, threshold, linkage):
             assert not np.isnan(found[np.ix_(family, family)]).any()
 
 
-@given(similarities(), thresholds)
+@given(matrices(), thresholds)
 def test_complete_families_resemble_throughout_and_single_ones_leave_no_near_stranger(found, threshold):
     for family in clusters(found, threshold, "complete"):
         assert (found[np.ix_(family, family)] > threshold).all()

@@ -14,6 +14,7 @@ import torch
 
 from glue.docs import main, pages
 from glue.errors import GlueError
+from glue.member import Member
 from glue.plan import make_plan
 from glue.recipe import read_recipe
 from glue.run import run
@@ -216,3 +217,30 @@ def test_the_four_chat_models_can_be_planned_with_stand_ins(tmp_path, paper):
     plan = make_plan(read_recipe(tmp_path / "recipes" / "paper" / "which4-chat.yaml"), paper)
     assert [task.state for task in plan] == ["ready"] * 4
     assert [len(task.inputs) for task in plan] == [4, 5, 5, 5]
+
+
+def test_the_zoo_of_twelve_is_searched_with_the_settings_of_the_paper(tmp_path, paper):
+    shutil.copytree(ROOT / "benchmarks" / "suites", tmp_path / "benchmarks" / "suites")
+    for name in ("arc_challenge", "winogrande", "mmlu"):
+        (tmp_path / name).mkdir()
+        for split in ("dev", "test"):
+            (tmp_path / name / f"{split}.jsonl").write_text('{"question": "w3", "choices": ["w4", "w5"], "gold": 0, '
+                                                            '"answer": "w4"}\n')
+        paper.add(Member(name, "dataset", str(tmp_path / name)))
+    recipe = read_recipe(tmp_path / "recipes" / "paper" / "which12.yaml")
+    plan = {task.line.name: task for task in make_plan(recipe, paper)}
+    families = plan.pop("families").choice.params
+    assert (families["threshold"], families["linkage"], families["part"]) == (0.95, "leader", "all")
+    searches = {name: task.choice.params for name, task in plan.items() if task.step == "search"}
+    assert {line.seed for line in recipe.lines} == {42} and len(searches) == 7
+    assert {told["dtype"] for told in searches.values()} == {"bfloat16"}
+    assert {told["merge"].method.name for name, told in searches.items() if name != "evolved-ties"} == {"linear"}
+    by_hand = {name: (told["strategy"].params["order"], told["strategy"].params["coefficients"])
+               for name, told in searches.items() if told["strategy"].method.name == "paper"}
+    assert by_hand == {"average": ("accuracy", "average"), "coefficient": ("accuracy", "grid"),
+                       "similar": ("similarity", "grid"), "dissimilar": ("dissimilarity", "grid")}
+    evolved = {name: told["strategy"].params | {"trials": told["budget"] - 12} for name, told in searches.items()
+               if told["strategy"].method.name == "evolve"}
+    assert {(told["prove"], told["sigma"], *told["weight"]) for told in evolved.values()} == {(False, 1 / 6, 0.0, 1.0)}
+    assert {name: (told["trials"], told["popsize"], told["groups"]) for name, told in evolved.items()} == {
+        "evolved": (200, "by_length", 1), "evolved-ties": (200, "by_length", 1), "evolved-groups": (500, 15, 2)}

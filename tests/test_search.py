@@ -2,52 +2,51 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from glue.errors import MethodError
 from glue.search import searching
-from glue.search.space import Candidate, Gain, Space
+from glue.search.candidate import Candidate, group_of
+from glue.search.space import Gain, Space
 
 TASKS = np.repeat([0, 1], [30, 10])
-SCORES = {  # published accuracies: mmlu_tiny, gsm8k, humanevalsynthesize-js, mbpp, arc_challenge, winogrande
-    "Platypus2": (0.498219627, 0.025018954, 0.146341463, 0.19, 0.551194539, 0.740331492),
-    "vicuna": (0.497792337, 0.191053829, 0.195121951, 0.06, 0.537542662, 0.705603788),
-    "MetaMath": (0.4158, 0.5906, 0.012195122, 0.014, 0.4735, 0.7024),
-    "Llama-2-chat": (0.472795898, 0.230477635, 0.134146341, 0.17, 0.540955631, 0.712707182),
-    "pygmalion": (0.4838, 0.172858226, 0.152439024, 0.192, 0.540955631, 0.7537),
-    "OpenHermes": (0.478350662, 0.092494314, 0.195121951, 0.228, 0.563993174, 0.73875296),
-    "evolcodealpaca": (0.417, 0.0902, 0.317073171, 0.256, 0.4957, 0.7245),
-    "Synthia": (0.481840194, 0.240333586, 0.134146341, 0.178, 0.550341297, 0.737174428),
-    "WikiChat": (0.391326022, 0, 0.042682927, 0.138, 0.509385666, 0.685872139),
-    "Llama-2-ko-Chat": (0.304158952, 0.031842305, 0.018292683, 0.006, 0.401023891, 0.65035517),
-    "dolphin": (0.465247116, 0.106899166, 0.024390244, 0.008, 0.42662116, 0.653512234),
-    "BeingWell": (0.461900014, 0.222896133, 0.134146341, 0.134, 0.549488055, 0.72296764)}
-RANKED = ["Synthia", "evolcodealpaca", "OpenHermes", "pygmalion", "Llama-2-chat", "BeingWell", "MetaMath", "vicuna",
-          "Platypus2", "WikiChat", "dolphin", "Llama-2-ko-Chat"]
+FIXTURE = Path(__file__).parent / "fixtures" / "model_glue_scores.csv"  # published: twelve members, six accuracies
+SCORES = {row.pop("model_name").split("/")[1]: tuple(map(float, row.values()))
+          for row in csv.DictReader(FIXTURE.open())}
+RANKED = ["Synthia-7B-v1.2", "Llama-2-7b-evolcodealpaca", "OpenHermes-7B", "pygmalion-2-7b", "Llama-2-7b-chat-hf",
+          "BeingWell_llama2_7b", "MetaMath-7B-V1.0", "vicuna-7b-v1.5", "Platypus2-7B", "Llama-2-7b-WikiChat-fused",
+          "dolphin-llama2-7b", "Llama-2-ko-7b-Chat"]
+MEANS = [38.70, 38.34, 38.28, 38.26, 37.68, 37.09, 36.81, 36.45, 35.85, 29.45, 28.08, 23.53]
 
 
 class Landscape:
     """Scores by a function of the candidate; every item of both tasks gets the same, and batches are remembered."""
 
     def __init__(self, score):
-        self.score, self.batches = score, []
+        self.score, self.batches, self.items = score, [], []
 
-    def __call__(self, batch):
+    def __call__(self, batch, items=None):
         self.batches.append(list(batch))
-        return [np.full(len(TASKS), self.score(candidate)) for candidate in batch]
+        self.items.append([len(TASKS)] * len(batch) if items is None else [len(some) for some in items])
+        return [np.full(count, self.score(candidate)) for candidate, count in zip(batch, self.items[-1], strict=True)]
 
-    def space(self, names, rule="add", budget=1000, neutral=()):
-        return Space(names, self, TASKS, rule=rule, budget=budget, neutral=frozenset(neutral))
+    def space(self, names, rule="add", budget=1000, neutral=(), **more):
+        return Space(names, self, TASKS, rule=rule, budget=budget, neutral=frozenset(neutral), **more)
 
 
-def search(strategy, landscape, names, *, rule="add", budget=1000, neutral=(), **params):
-    return searching[strategy].bind(params)(landscape.space(names, rule, budget, neutral))
+def search(strategy, landscape, names, *, rule="add", budget=1000, neutral=(), more=None, **params):
+    return searching[strategy].bind(params)(landscape.space(names, rule, budget, neutral, **more or {}))
 
 
 def table(better_by=0.0):
     """The twelve as they are from the table; merges score this much more than the best of them, by each member."""
-    best = np.mean(SCORES["Synthia"])
+    best = np.mean(SCORES[RANKED[0]])
     return Landscape(lambda c: best + better_by * len(c.parts) if c.merged else float(np.mean(SCORES[c.parts[0][0]])))
 
 
@@ -109,10 +108,101 @@ def test_one_item_won_is_exactly_one_standard_error():
         assert gain.value == pytest.approx(gain.error, rel=1e-12) and gain.convinces(1)
 
 
+def test_layers_left_over_are_in_the_last_block_and_what_is_no_layer_is_in_the_group_after_it():
+    assert [group_of(layer, 7, 4) for layer in range(7)] == [0, 0, 1, 1, 2, 2, 2] and group_of(None, 7, 4) == 3
+    assert [group_of(layer, 6, 3) for layer in range(6)] == [0, 0, 0, 1, 1, 1] and group_of(None, 6, 3) == 2
+    assert {group_of(layer, 7, 1) for layer in (0, 6, None)} == {0}
+
+
+def test_a_candidate_says_what_a_merge_method_is_called_with_in_each_group():
+    candidate = Candidate.merge([{"a": 0.5, "b": 0.25}, {"b": 1}, {"a": 1, "c": 0}],
+                                {"density": [{"a": 0.1, "b": 0.2, "c": 0.3}, {"a": 0.4, "b": 0.5}, {"a": 0.6}],
+                                 "lambda": 0.9})
+    assert candidate.groups == 3 and candidate.names == ("a", "b") and candidate.weights == {"a": 0.5, "b": 1.25 / 3}
+    assert candidate.arguments(0, ["b", "a"]) == {"weight": [0.25, 0.5], "density": [0.2, 0.1], "lambda": 0.9}
+    assert candidate.arguments(1, ["b", "a"]) == {"weight": [1, 0], "density": [0.5, 0.5], "lambda": 0.9}
+    assert candidate.tables(3) == [{"a": 0.5, "b": 0.25}, {"b": 1}, {"a": 1}]
+    assert str(candidate) == "0.5 a + 0.25 b (density 0.1 a, 0.2 b; lambda 0.9) | 1 b (density 0.5 b; lambda 0.9) | " \
+                             "1 a (density 0.6 a; lambda 0.9)"
+
+
+def test_what_is_said_of_every_group_alike_is_the_same_candidate_as_what_is_said_once():
+    assert Candidate.merge([{"b": 0.5, "a": 1}] * 4, {"density": [0.5] * 4}) == \
+        Candidate.merge({"a": 1, "b": 0.5}, {"density": 0.5})
+    assert Candidate.merge({"a": 1, "b": 0}, {"density": {"a": 0.5, "b": 0.9}}) == \
+        Candidate.merge({"a": 1}, {"density": {"a": 0.5, "c": 0.1}})
+    assert Candidate.merge({"a": 1}, {"density": 0.5}) != Candidate.merge({"a": 1}, {"density": 0.6})
+
+
+def test_a_candidate_survives_being_written_down():
+    third = 1 / 3
+    for candidate in (single("a"), Candidate.merge({"a": third}), Candidate.merge([{"a": third}, {}, {"b": 0.1}]),
+                      Candidate.merge({"a": third, "b": 0.7}, {"density": {"a": 0.2, "b": third}, "lambda": third})):
+        assert Candidate.unspelled(json.loads(json.dumps(candidate.spelled()))) == candidate
+        assert pickle.loads(pickle.dumps(candidate)) == candidate
+
+
+def test_only_items_that_are_not_known_are_measured_and_every_one_is_charged():
+    landscape = Landscape(lambda c: c.parts[0][1])
+    space = landscape.space(["a"], budget=3, item_budget=90)
+    one, two, three = (Candidate.merge({"a": k / 8}) for k in (1, 2, 3))
+    assert list(space.results([one, two], "some", np.array([0, 5, 30]))[two]) == [0.25] * 3
+    assert (space.left, space.items_left) == (1, 84) and space.value(two) == 0.25
+    assert list(space.results([one, two], "more", np.arange(0, 40, 5))) == [one, two] and space.items_left == 74
+    assert len(space.results([one], "all")[one]) == 40 and space.items_left == 42
+    assert list(space.results([three, two], "too many")) == [three] and (space.left, space.items_left) == (0, 2)
+    assert list(space.results([two, three], "known", np.array([0, 35]))) == [two, three] and space.items_left == 2
+    assert landscape.items == [[3, 3], [5, 5], [32], [40]]
+    assert [row.items for row in space.log] == [3, 3, 5, 5, 32, 40]
+
+
+def test_a_sample_has_its_share_of_every_task_and_grows_around_what_it_had():
+    space = Landscape(lambda c: 0).space(["a"])
+    small, large = space.sample(0.1), space.sample(0.5)
+    assert np.bincount(TASKS[small]).tolist() == [3, 2] and np.bincount(TASKS[large]).tolist() == [15, 5]
+    assert set(small) < set(large) and list(space.sample(1.0)) == list(range(40)) and (np.diff(large) > 0).all()
+    assert list(Landscape(lambda c: 0).space(["a"], seed=1).sample(0.5)) != list(large)
+
+
+def test_a_gain_on_some_items_is_that_of_a_search_that_has_no_others():
+    rng = np.random.default_rng(0)
+    results = {single(name): rng.integers(0, 2, 40).astype(float) for name in "ab"}
+    items = np.array([0, 3, 4, 9, 31, 36, 39])
+
+    def evaluate(batch, some=None):
+        return [results[c] if some is None else results[c][some[k]] for k, c in enumerate(batch)]
+
+    space, part = (Space(["a", "b"], evaluate, TASKS, rule="add", budget=2) for _ in range(2))
+    space.singles()
+    part.results([single("a"), single("b")], "", items)
+    only = Space(["a", "b"], lambda batch: [results[c][items] for c in batch], TASKS[items], rule="add", budget=2)
+    only.singles()
+    assert space.gain(single("a"), single("b"), items) == part.gain(single("a"), single("b")) == \
+        only.gain(single("a"), single("b"))
+
+
+def test_what_is_recorded_as_it_comes_is_what_a_search_that_was_killed_goes_on_from():
+    def evaluate(batch, items=None):
+        for candidate in batch:
+            if len(journal) == 2:
+                raise KeyboardInterrupt
+            yield np.full(40, candidate.parts[0][1])
+
+    journal, merges = {}, [Candidate.merge({"a": k / 8}) for k in range(1, 5)]
+    space = Space(["a"], evaluate, TASKS, rule="add", budget=4, record=lambda c, items, results:
+                  journal.update({c: results}))
+    with pytest.raises(KeyboardInterrupt):
+        space.results(merges)
+    assert list(journal) == merges[:2]
+    rest = Landscape(lambda c: c.parts[0][1])
+    again = rest.space(["a"], budget=3, known=journal)
+    assert list(again.results(merges)) == merges[:3] and rest.batches == [merges[2:3]] and again.left == 0
+
+
 # -- strategies --
 
 def test_best_is_the_best_and_the_first_by_name_where_equal():
-    assert search("best", table(), list(SCORES)).candidate == single("Synthia")
+    assert search("best", table(), list(SCORES)).candidate == single(RANKED[0])
     assert search("best", Landscape(lambda c: 0.5), ["c", "b", "a"]).candidate == single("a")
 
 
@@ -125,8 +215,8 @@ def test_greedy_goes_by_accuracy():
 def test_greedy_in_the_given_order_still_starts_from_the_best():
     found = search("greedy", table(better_by=0.01), list(SCORES), rule="interpolate", coefficients="average",
                    order="given")
-    assert [row.purpose.split()[0] for row in found.log[12:]] == [name for name in SCORES if name != "Synthia"]
-    assert found.log[12].purpose.endswith("joins Synthia")
+    assert [row.purpose.split()[0] for row in found.log[12:]] == [name for name in SCORES if name != RANKED[0]]
+    assert found.log[12].purpose.endswith(f"joins {RANKED[0]}")
 
 
 def test_greedy_keeps_what_helps_drops_what_does_not_and_leaves_earlier_weights_alone():
@@ -212,8 +302,8 @@ def test_defect_3_the_first_member_is_not_merged_with_itself_and_the_first_partn
     found = search("greedy", table(better_by=0.01), list(SCORES), rule="interpolate", coefficients="average",
                    min_gain=0.0)
     merges = [row.candidate for row in found.log if row.candidate.merged]
-    assert merges[0] == Candidate.merge({"Synthia": 0.5, "evolcodealpaca": 0.5}) and len(merges) == 11
-    assert merges[1].weights == pytest.approx({"Synthia": 1 / 3, "evolcodealpaca": 1 / 3, "OpenHermes": 1 / 3})
+    assert merges[0] == Candidate.merge(dict.fromkeys(RANKED[:2], 0.5)) and len(merges) == 11
+    assert merges[1].weights == pytest.approx(dict.fromkeys(RANKED[:3], 1 / 3))
 
 
 def test_defect_4_what_is_kept_is_the_best_coefficient_and_not_the_last_one_tried():
@@ -285,3 +375,198 @@ def test_a_member_that_was_refused_is_tried_again_beside_what_was_kept_after_it(
     twice = search("greedy", Landscape(score), ["a", "b", "c"])
     assert set(once.candidate.weights) == {"a", "c"}
     assert set(twice.candidate.weights) == {"a", "b", "c"} and twice.value > once.value
+
+
+# -- the paper's procedure, on its table --
+
+def cosines(seed=0):
+    """Made-up members as vectors of length 1, [12, 30], all somewhat alike, in the order of the table."""
+    vectors = 1 + np.random.default_rng(seed).normal(0, 0.8, (len(SCORES), 30))
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def scored(shares):
+    """A made-up accuracy of the merge with these shares [12]: the mean of its members', more for variety in its parts.
+
+    That of a merge has steps of a thousandth, so that some candidates are level.
+    """
+    mixed = shares @ np.array(list(SCORES.values()))
+    variety = 1 - shares @ shares
+    if variety < 1e-9:
+        return float(mixed.mean())
+    return round(float(mixed.mean() + 0.05 * variety - 0.04 * shares[list(SCORES).index("pygmalion-2-7b")]), 3)
+
+
+def published(order, coefficients, vectors):
+    """The procedure as it is published, on models and never on weights: (names in the order tried, accepted, model)."""
+    names, models = list(SCORES), dict(zip(SCORES, np.eye(len(SCORES)), strict=True))  # a model is its own coordinates
+    at, length = vectors.T, np.linalg.norm
+    remaining = sorted(names, key=lambda name: -scored(models[name]))
+    current = models[remaining.pop(0)]
+    best, tried, accepted = scored(current), [], 0
+    while remaining:
+        if order != "accuracy":
+            likeness = [at @ current @ (at @ models[name]) / length(at @ current) for name in remaining]
+            pick = np.argmax if order == "similarity" else np.argmin
+            remaining.insert(0, remaining.pop(int(pick(likeness))))
+        name = remaining.pop(0)
+        tried.append(name)
+        kept = [k / 10 for k in range(1, 10)] if coefficients == "grid" else [(accepted + 1) / (accepted + 2)]
+        model, score = None, -1.0
+        for c in kept:
+            candidate = c * current + (1 - c) * models[name]
+            if scored(candidate) >= score:  # ties go to the larger share of what there is
+                model, score = candidate, scored(candidate)
+        if score >= best:
+            current, best, accepted = model, score, accepted + 1
+    return tried, current, best
+
+
+@pytest.mark.parametrize("order", ["accuracy", "similarity", "dissimilarity"])
+@pytest.mark.parametrize("coefficients", ["grid", "average"])
+def test_paper_mode_does_what_is_published_and_its_flat_weights_are_the_model_that_was_kept(order, coefficients):
+    vectors = cosines()
+    names = list(SCORES)
+    landscape = Landscape(lambda c: scored(np.array([c.weights.get(name, 0.0) for name in names])))
+    found = search("paper", landscape, names, rule="interpolate", order=order, coefficients=coefficients,
+                   more={"similarity": vectors @ vectors.T})
+    tried, model, best = published(order, coefficients, vectors)
+    assert list(dict.fromkeys(row.purpose.split()[0] for row in found.log[12:])) == tried
+    assert [found.candidate.weights.get(name, 0.0) for name in names] == pytest.approx(model, abs=1e-12)
+    assert 3 < len(found.candidate.names) < 12 and found.value == pytest.approx(best, abs=1e-12)
+    assert len(found.log) == 12 + 11 * (9 if coefficients == "grid" else 1)
+    assert found.items == len(found.log) * len(TASKS)
+
+
+def test_the_table_is_ordered_as_its_means():
+    assert [100 * np.mean(SCORES[name]) for name in RANKED] == pytest.approx(MEANS, abs=0.0051)
+    assert sorted(SCORES, key=lambda name: -np.mean(SCORES[name])) == RANKED
+
+
+def test_paper_mode_keeps_what_is_level_and_never_asks_about_noise():
+    level = Landscape(lambda c: 0.5)
+    found = search("paper", level, list("abc"), rule="interpolate", coefficients="average")
+    assert found.candidate.weights == pytest.approx(dict.fromkeys("abc", 1 / 3))
+    shares = search("paper", level, list("abc"), rule="interpolate").candidate.weights
+    assert shares == pytest.approx({"a": 0.81, "b": 0.09, "c": 0.1}) and sum(shares.values()) == pytest.approx(1)
+
+
+def test_paper_mode_makes_shares_over_a_base_too():
+    landscape = Landscape(lambda c: 0.3 + 0.2 * len(c.parts) if c.merged else {"base": 0.4}.get(c.names[0], 0.3))
+    found = search("paper", landscape, ["base", "a", "b"], neutral={"base"}, coefficients="average")
+    assert found.candidate.weights == pytest.approx({"a": 1 / 3, "b": 1 / 3})  # the base has the third that is left
+
+
+# -- orders, layer groups, other parameters --
+
+def test_greedy_takes_the_most_or_the_least_similar_to_what_it_has_in_every_round():
+    likeness = np.array([[1, 0.9, 0.1, 0.5], [0.9, 1, 0.8, 0.2], [0.1, 0.8, 1, 0.3], [0.5, 0.2, 0.3, 1]])
+    landscape = Landscape(lambda c: 0.3 + 0.1 * len(c.parts) if c.merged else {"a": 0.3}.get(c.names[0], 0.2))
+
+    def order(kind):
+        found = search("greedy", landscape, list("abcd"), rule="interpolate", order=kind, coefficients="average",
+                       more={"similarity": likeness})
+        return [row.purpose.split()[0] for row in found.log[4:]]
+
+    assert order("similarity") == ["b", "c", "d"]  # c: (.1 + .8) / 2 before d: (.5 + .2) / 2
+    assert order("dissimilarity") == ["c", "d", "b"]  # d: (.5 + .3) / 2 before b: (.9 + .8) / 2
+
+
+def test_a_search_by_similarity_that_knows_of_none_says_so():
+    with pytest.raises(MethodError, match="order of similarity needs to know how similar.*\n.*order: accuracy"):
+        search("greedy", Landscape(lambda c: 0.5), ["a", "b"], order="similarity")
+
+
+def test_joint_gives_each_member_the_layers_in_which_it_is_good():
+    def score(candidate):
+        if not candidate.merged:
+            return 0.3
+        first, last, outside = candidate.tables(3)
+        return 0.9 - sum(abs(table.get(name, 0) - wanted) for table, name, wanted in
+                         [(first, "a", 0.9), (first, "b", 0.0), (last, "a", 0.2), (last, "b", 0.9),
+                          (outside, "a", 0.35), (outside, "b", 0.35)]) / 10
+
+    found = search("joint", Landscape(score), ["a", "b"], groups=2, more={"layers": 5})
+    assert found.candidate == Candidate.merge([{"a": 0.9}, {"a": 0.2, "b": 0.9}, {"a": 0.35, "b": 0.35}])
+    assert found.value == pytest.approx(0.9)
+    assert search("joint", Landscape(score), ["a", "b"], groups=1).candidate.groups == 1
+
+
+def test_layer_groups_that_the_members_do_not_have_are_refused():
+    for strategy in ("joint", "evolve"):
+        with pytest.raises(MethodError, match="4 blocks of layers.* have 3 layers\n.*groups: 3"):
+            search(strategy, Landscape(lambda c: 0.5), ["a", "b"], groups=4, more={"layers": 3})
+    with pytest.raises(MethodError, match="no layers that can be told apart"):
+        search("joint", Landscape(lambda c: 0.5), ["a", "b"], groups=2)
+
+
+def test_evolve_finds_weights_and_densities_by_member_and_group():
+    def score(candidate):
+        if not candidate.merged:
+            return 0.1
+        far = 0.0
+        for group, wanted in enumerate([(0.8, 0.3), (0.2, 0.6), (0.5, 0.5)]):
+            told = candidate.arguments(group if candidate.groups > 1 else 0, ["a", "b"])
+            far += sum((got - want) ** 2 for got, want in zip(told["weight"], wanted, strict=True))
+            far += (told["density"][0] - 0.4) ** 2 + (told["lambda"] - 1.2) ** 2 / 4
+        return float(np.exp(-far))
+
+    more = {"layers": 5, "parameters": {"density": True, "lambda": False}}
+    ranges = {"density": [0.1, 1.0], "lambda": [0.5, 1.5]}
+    found = search("evolve", Landscape(score), ["a", "b"], groups=2, also=ranges, budget=800, more=more)
+    assert found.candidate.groups == 3 and found.value > 0.98
+    assert len(found.log[2:]) % 12 < 12 and found.log[13].purpose == "generation 1"
+    with pytest.raises(MethodError, match="no parameter 'densty'.*did you mean 'density'"):
+        search("evolve", Landscape(score), ["a", "b"], also={"densty": [0.1, 1.0]}, more=more)
+    with pytest.raises(MethodError, match="'density' cannot be searched from 1 to 0.1"):
+        search("evolve", Landscape(score), ["a", "b"], also={"density": [1.0, 0.1]}, more=more)
+
+
+@pytest.mark.parametrize(("n", "groups", "also", "genes", "popsize"), [
+    (12, 1, {}, 12, 11), (12, 1, {"density": [0.01, 1.0]}, 24, 14), (12, 2, {}, 36, 15), (4, 1, {}, 4, 8)])
+def test_a_generation_is_as_large_as_in_the_paper_counting_every_gene(n, groups, also, genes, popsize):
+    assert popsize == round(4 + 3 * np.log(genes))
+    names = [f"m{k:02}" for k in range(n)]
+    landscape = Landscape(lambda c: sum(c.weights.values()) / 20)
+    search("evolve", landscape, names, groups=groups, also=also, budget=n + 2 * popsize,
+           more={"layers": 9, "parameters": {"density": True}})
+    assert [len(batch) for batch in landscape.batches] == [n, popsize, popsize]
+
+
+def test_where_weights_are_shares_evolve_makes_those_of_every_group_sum_to_one():
+    landscape = Landscape(lambda c: c.weights.get("a", 0) / 2)
+    search("evolve", landscape, ["a", "b"], rule="interpolate", groups=2, budget=40, more={"layers": 4})
+    for candidate in (c for batch in landscape.batches[1:] for c in batch):
+        assert [sum(table.values()) for table in candidate.tables(3)] == pytest.approx([1, 1, 1])
+    with pytest.raises(MethodError, match="shares start at 0 or above"):
+        search("evolve", landscape, ["a", "b"], rule="interpolate", weight=[-1.0, 1.0])
+
+
+def test_another_seed_is_another_evolution_and_the_same_seed_the_same():
+    def tried(seed, names=("a", "b")):
+        landscape = Landscape(lambda c: c.weights.get("a", 0.0) / 2)
+        search("evolve", landscape, names, budget=30, more={"seed": seed})
+        return landscape.batches[1:]
+
+    assert tried(1) == tried(1) == tried(1, ("b", "a")) != tried(2)
+
+
+# -- races --
+
+def test_a_race_stops_for_a_member_that_does_harm_after_few_items_and_takes_all_for_one_that_helps():
+    def score(candidate):
+        if not candidate.merged:
+            return {"a": 0.5, "b": 0.4, "bad": 0.3}[candidate.names[0]]
+        return 0.5 + 0.3 * candidate.weights.get("b", 0) - 0.3 * candidate.weights.get("bad", 0)
+
+    found = search("racing", Landscape(score), ["a", "b", "bad"])
+    cost = {name: sum(row.items for row in found.log if row.purpose.startswith(name)) for name in ("b ", "bad ")}
+    assert found.candidate.weights == {"a": 1, "b": 0.95} and cost["bad "] == 4 * 12 and cost["b "] > 40
+
+
+def test_a_race_of_few_coefficients_has_them_all_at_the_start():
+    landscape = Landscape(lambda c: 0.2 * len(c.parts) + 0.1 * (c == single("a")) + 0.1 * c.weights.get("b", 0))
+    found = search("racing", landscape, ["a", "b"], coefficients=[0.3, 0.5, 0.9])
+    assert found.candidate.weights["b"] == 0.9 and [len(batch) for batch in landscape.batches][:3] == [2, 3, 3]
+    found = search("racing", landscape, ["a", "b"], coefficients=[0.4])
+    assert found.candidate.weights["b"] == 0.4

@@ -244,3 +244,13 @@ def test_a_tiny_benchmark_runs_from_end_to_end(tmp_path, capsys):
     assert not list((tmp_path / "f").glob("*/out-*"))
     assert main(["merge", "--shape", "tiny", "--folder", str(tmp_path / "f"), "--clean"]) == 0
     assert not (tmp_path / "f" / "tiny").exists()
+
+
+def test_a_candidate_is_the_same_in_memory_and_by_way_of_the_disk(tmp_path, capsys):
+    out = tmp_path / "rounds.json"
+    assert main(["search", "--shape", "tiny", "--pairs", "2", "--zoo", str(tmp_path / "none.yaml"), "--folder",
+                 str(tmp_path), "--json", str(out)]) == 0
+    assert "made, tiny: " in capsys.readouterr().out
+    rounds = json.loads(out.read_text())["rows"]["made, tiny"]
+    assert len(rounds) == 2
+    assert all(0 <= one["apart"] < 0.02 for one in rounds)  # the peer's sums are in bf16, whose step at 1 is 0.0078

@@ -1,6 +1,8 @@
 """The command line of the speed benchmark.
 
     python -m benchmarks.speed merge [--shape 1b1] [--methods linear,ties] [--json FILE]    measures
+    python -m benchmarks.speed search [--shape 160m] [--zoo zoo.yaml] [--json FILE]         measures candidates
+    python -m benchmarks.speed similarity [--shape 160m] [--members 8,16] [--json FILE]     measures comparisons
     python -m benchmarks.speed table FILE.json ... [--into README.md [--check]]             prints, or fills a page
 """
 
@@ -27,7 +29,7 @@ def main(words: list[str] | None = None) -> int:
     """Measure or print; 1 where a row failed or a page is out of date, 2 where a word is wrong."""
     given = _parser().parse_args(words)
     try:
-        return merge(given) if given.what == "merge" else table(given)
+        return WHAT[given.what](given)
     except GlueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -62,6 +64,20 @@ def merge(given: argparse.Namespace) -> int:
     write_aside(file, json.dumps(results, indent=1) + "\n")
     print(markdown([file]))
     return int(failed > 0)
+
+
+def search(given: argparse.Namespace) -> int:
+    """Measure candidates of a search; what that needs is imported here, since most runs do not need it."""
+    from benchmarks.speed.search import main
+
+    return main(given)
+
+
+def similarity(given: argparse.Namespace) -> int:
+    """Measure how fast models are compared, beside the published procedure."""
+    from benchmarks.speed.similar import main
+
+    return main(given)
 
 
 def table(given: argparse.Namespace) -> int:
@@ -101,8 +117,11 @@ def _warm(folder: Path, bench: Bench) -> None:
     tiny.row(Row("linear", base="none", passes=1))
 
 
+WHAT = {"merge": merge, "search": search, "similarity": similarity, "table": table}
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description="Merges, timed beside mergekit's.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description="Merges and comparisons, timed.")
     what = parser.add_subparsers(dest="what", required=True)
     one = what.add_parser("merge", help="measure")
     one.add_argument("--shape", choices=[*SHAPES], default="160m", help="of the models (160m)")
@@ -116,6 +135,21 @@ def _parser() -> argparse.ArgumentParser:
                      help="where models are made and kept")
     one.add_argument("--json", type=Path, help="write results here, row by row; rows that are there already are kept")
     one.add_argument("--clean", action="store_true", help="only remove the models of the shape")
+    candidates = what.add_parser("search", help="measure candidates of a search, in memory and by way of the disk")
+    candidates.add_argument("--shape", choices=[*SHAPES], default="160m", help="of the models that are made (160m)")
+    candidates.add_argument("--zoo", type=Path, default=Path("zoo.yaml"), help="a zoo that has the tiny one")
+    candidates.add_argument("--pairs", type=int, default=5, help="pairs a row (5)")
+    candidates.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "glue-speed",
+                            help="where models are made and kept")
+    candidates.add_argument("--json", type=Path, help="write results here, row by row")
+    alike = what.add_parser("similarity", help="measure how fast models are compared")
+    alike.add_argument("--shape", choices=[*SHAPES], default="160m", help="of the models (160m)")
+    alike.add_argument("--members", default="8,16", help="how many are compared, with commas between (8,16)")
+    alike.add_argument("--pairs", type=int, default=3, help="pairs of runs for each (3)")
+    alike.add_argument("--no-peer", action="store_true", help="glue alone")
+    alike.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "glue-speed",
+                       help="where models are made and kept")
+    alike.add_argument("--json", type=Path, help="write results here")
     two = what.add_parser("table", help="print results as Markdown")
     two.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
     two.add_argument("--into", type=Path, metavar="PAGE", help="put it into a page, between its two markers")

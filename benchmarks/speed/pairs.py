@@ -93,7 +93,7 @@ class Bench:
     def _run(self, side: str, config: Path, sync: bool, closely: bool = False) -> dict[str, Any]:
         os.sync()
         ran = measure.run(command(side, config, self._out(side), sync), folder=self.folder,
-                          environment=_environment(), closely=closely)
+                          environment=environment(), closely=closely)
         told = json.loads(ran.output[ran.output.index("{"):])
         if not told.get("made", True):
             raise RunError(f"{self._out(side)} was there already, so nothing was measured")
@@ -135,7 +135,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key not in THREADS}
     return kept | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 

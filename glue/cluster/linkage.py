@@ -30,6 +30,22 @@ def clusters(similarity: np.ndarray, threshold: float, linkage: Linkage = "avera
     return sorted(sorted(family) for family in found)
 
 
+def families(similarity: np.ndarray, keys: Sequence[str], threshold: float,
+             linkage: Linkage = "average") -> list[tuple[list[int], int]]:
+    """The clusters, each with its medoid, for members of any order: a list of (indices, index of the medoid).
+
+    keys  of the members, all different. Members are taken in the order of their keys, so that where similarities are
+          equal the order of members does not decide either; under leader linkage it does, as in the published code
+    """
+    n = len(similarity)
+    assert len(set(keys)) == len(keys) == n, "each member has a key of its own"
+    order = list(range(n)) if linkage == "leader" else sorted(range(n), key=keys.__getitem__)
+    ordered = np.asarray(similarity)[np.ix_(order, order)]
+    found = [(sorted(order[k] for k in family), order[medoid(ordered, family)])
+             for family in clusters(ordered, threshold, linkage)]
+    return sorted(found)
+
+
 def medoid(similarity: np.ndarray, members: Sequence[int]) -> int:
     """The member with the highest mean similarity to the others; the lowest index where several have it.
 

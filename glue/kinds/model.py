@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from glue.checkpoint import Checkpoint
+from glue.checkpoint import Checkpoint, Header
 from glue.errors import CheckpointError
 from glue.hub import locate
 from glue.kinds import Dtype, Running, kinds
-from glue.kinds.frame import config_of, first_line, tokenizer_of
+from glue.kinds.frame import config_of, first_line, generation_of, tokenizer_of
 from glue.member import Member
 
 if TYPE_CHECKING:
@@ -40,7 +40,70 @@ def assembled(frame: Member, tensors: Mapping[str, Tensor] | Iterable[tuple[str,
     # cloned: transformers may keep a tensor as it is, and a view of a file does not survive that file
     loaded = _filled(None, f"the tensors for '{frame.name}'", config=config, dtype=torch.float32,
                      state_dict={name: tensor.clone() for name, tensor in dict(tensors).items()})
+    loaded.generation_config = generation_of(frame)
     return Running(frame, loaded, tokenizer_of(frame))
+
+
+class Streamed(Protocol):
+    """Tensors that are made when they are asked for: whole, or as flat pieces, each valid until the next."""
+
+    @property
+    def headers(self) -> Mapping[str, Header]: ...
+    def tensor(self, name: str) -> Tensor: ...
+    def stream(self, name: str) -> Iterator[Tensor]: ...
+
+
+class Skeleton:
+    """A model in fp32 that is built once and then takes other weights in place, without any file.
+
+    All frames that it is filled for have one configuration.
+    """
+
+    def __init__(self) -> None:
+        self._running: Running | None = None
+        self._places: dict[str, Tensor] = {}
+        self._held: dict[str, Hashable] = {}  # place -> what is there
+
+    def filled(self, frame: Member, tensors: Streamed, marks: Mapping[str, Hashable]) -> Running:
+        """The model of these tensors, with the tokenizer and the generation settings of `frame`; as `assembled`.
+
+        marks  tensor -> what tells its numbers from any others; those that are there already are not put there again
+        """
+        if self._running is None or not self._takes(tensors.headers):
+            self._running = assembled(frame, ((name, tensors.tensor(name)) for name in tensors.headers))
+            self._places, self._held = _places(self._running.model, tensors.headers), dict(marks)
+            return self._running
+        for name, place in self._places.items():
+            if self._held.get(name) != marks[name]:
+                self._held.pop(name, None)  # half of a tensor is none
+                done = 0
+                for piece in tensors.stream(name):
+                    place[done:done + len(piece)].copy_(piece)
+                    done += len(piece)
+                assert done == len(place), f"'{name}' has {len(place)} numbers, {done} came"
+                self._held[name] = marks[name]
+        if self._running.member != frame:
+            self._running = Running(frame, self._running.model, tokenizer_of(frame))
+            self._running.model.generation_config = generation_of(frame)
+        return self._running
+
+    def _takes(self, headers: Mapping[str, Header]) -> bool:
+        return bool(self._places) and all(name in headers and headers[name].numel == len(place)
+                                          for name, place in self._places.items())
+
+
+def _places(model: PreTrainedModel, names: Collection[str]) -> dict[str, Tensor]:
+    """Where in the model each tensor lies, flat; nothing where files and model call them by other names.
+
+    Of tensors that share a place, such as an embedding and a tied head, the files must hold one.
+    """
+    state = model.state_dict()
+    together: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        if tensor.numel():
+            together.setdefault(tensor.data_ptr(), []).append(name)
+    held = [[name for name in some if name in names] for some in together.values()]
+    return {some[0]: state[some[0]].view(-1) for some in held} if all(len(some) == 1 for some in held) else {}
 
 
 def _filled(source: Any, told_as: str, **how: Any) -> PreTrainedModel:

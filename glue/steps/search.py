@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
 from glue.errors import MethodError
 from glue.family import Choice, Count, Of, is_per_member
-from glue.member import Member
+from glue.files import append_line, whole_lines
+from glue.member import Member, canonical
 from glue.steps import Job, Made, Many, Measured, OnDev, One, steps
-from glue.steps.merge import compatible, merge_into, source_of, sources_of
+from glue.steps._candidates import Ground
+from glue.steps.merge import compatible, spread
+
+if TYPE_CHECKING:
+    from glue.search.candidate import Candidate
+    from glue.search.space import Found, Space
 
 SEARCH_NOTE = "search.json"  # in the folder of what a search found: its weights and every candidate it tried
+JOURNAL = "search.journal"  # beside it: the results of every candidate item by item, one candidate a line
 
 
 def searchable(merge: Choice, strategy: Choice, **_: Any) -> None:
@@ -36,45 +44,108 @@ def mergeable(members: list[Member], merge: Choice, strategy: Choice, base: Memb
         compatible(members, merge, base)
 
 
-@steps.add("search", makes="model", lone=True, writes="one", words=searchable, check=mergeable,
+@steps.add("search", makes="model", lone=True, writes="one", resumes=True, words=searchable, check=mergeable,
            source="arXiv:2410.05357")
 def search(job: Job, *, members: Many, strategy: Annotated[Any, Of("searching")],
            merge: Annotated[Any, Of("merging")] = "task_arithmetic", suite: OnDev, base: One | None = None,
-           budget: Count = 200) -> Made:
+           budget: Count = 200, items: Count | None = None,
+           dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> Made:
     """The best of the members and their merges, as a strategy finds it on dev items.
 
-    merge   how a candidate is made; the strategy sets its `weight` by member
-    budget  the most candidates that may be evaluated
+    merge   how a candidate is made; the strategy sets its `weight` by member, and what else it says
+    budget  the most candidates that may be measured
+    items   the most answers that may be asked for, candidates times items; unless given, all that the budget allows
+    dtype   of candidates and of the result; as in `merge`
     """
+    ground = Ground.of(members, base, merge, dtype, suite, job.seed)
+    journal = Journal(job.folder / JOURNAL)
+    space = _space(job, ground, journal, budget, items, _similarity(job, members, strategy))
+    found = strategy(space)
+    (job.folder / SEARCH_NOTE).write_text(json.dumps(_told(found), indent=1))
+    seen = frozenset(suite.digests().values())
+    note = f"{found.candidate} of {found.candidates} candidates, {found.items} answers"
+    if not found.candidate.merged:
+        member = ground.member(found.candidate.names[0])
+        return Made(member.kind, base=member.base, seen=seen, same=member, note=note)
+    spread(ground.variants().merge(ground.setting(found.candidate)), job.folder, job.workers)
+    job.workers.call("glue.kinds.frame:copy_frame", ground.frame, job.folder)
+    return Made("model", base=ground.frame, seen=seen, note=note)
+
+
+class Journal:
+    """What was measured, in a file that a killed search is gone on with: (candidate, items) -> results.
+
+    known  candidate -> results [items], NaN for those that it was not asked
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def known(self, size: int) -> dict[Candidate, np.ndarray]:
+        """Everything that was written down, for a search over `size` items."""
+        from glue.search.candidate import Candidate
+
+        found: dict[Candidate, np.ndarray] = {}
+        for line in map(json.loads, whole_lines(self.file)):
+            results = found.setdefault(Candidate.unspelled(line["candidate"]), np.full(size, np.nan))
+            results[_indices(line["items"], size)] = line["results"]
+        return found
+
+    def add(self, candidate: Candidate, items: np.ndarray | None, results: np.ndarray) -> None:
+        """Write one measurement down; items None: all of them."""
+        told = "all" if items is None else [int(k) for k in items]
+        numbers = [int(value) if value == int(value) else float(value) for value in results]
+        append_line(self.file, canonical({"candidate": candidate.spelled(), "items": told, "results": numbers}))
+
+
+def _indices(told: str | list[int], size: int) -> np.ndarray:
+    return np.arange(size) if told == "all" else np.asarray(told, dtype=np.int64)
+
+
+def _space(job: Job, ground: Ground, journal: Journal, budget: int, answers: int | None,
+           similarity: np.ndarray | None) -> Space:
+    """The space of a search, whose candidates are measured by the workers and written down as they come back."""
     from glue.search.space import Rule, Space
 
-    done = 0
+    members, base = ground.members, ground.base
+    sizes = [len(some) for some in ground.suite.items().values()]
+    known = journal.known(sum(sizes))
+    done = len(known)
 
-    def evaluate(candidates: Sequence) -> list[np.ndarray]:
-        nonlocal done
-        calls = [(candidate, members, base, merge, suite, job.seed) for candidate in candidates]
-        found = job.workers.map("glue.steps.search:score_candidate", calls)
-        done += len(calls)
-        job.report(done, budget, "candidates")
-        return [np.concatenate(list(one.values())) for one in found]
+    def evaluate(candidates: Sequence[Candidate], items: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+        wanted = [None] * len(candidates) if items is None else list(items)
+        calls = [(ground, candidate, some) for candidate, some in zip(candidates, wanted, strict=True)]
 
-    sizes = [len(items) for items in suite.items().values()]
-    neutral = frozenset(member.name for member in members if base is not None and member.digest == base.digest)
-    on_base = base is not None and merge.method.traits["space"] == "delta"
-    rule: Rule = "add" if on_base else "interpolate"
-    space = Space(tuple(member.name for member in members), evaluate, np.repeat(np.arange(len(sizes)), sizes),
-                  rule=rule, budget=budget, neutral=neutral if rule == "add" else frozenset())
-    found = strategy(space)
-    seen, note = frozenset(suite.digests().values()), f"{found.candidate} of {done} candidates"
-    told = {"merged": found.candidate.merged, "weights": found.candidate.weights, "value": found.value,
-            "evaluated": done, "log": [[str(row.candidate), row.value, row.purpose] for row in found.log]}
-    (job.folder / SEARCH_NOTE).write_text(json.dumps(told, indent=1))
-    if not found.candidate.merged:
-        member = _by_name(members)[found.candidate.parts[0][0]]
-        return Made(member.kind, base=member.base, seen=seen, same=member, note=note)
-    choice, chosen = _choice(found.candidate, members, merge)
-    merge_into(job, chosen, base, choice, None)
-    return Made("model", base=base or members[0], seen=seen, note=note)
+        def each(k: int, results: np.ndarray) -> None:
+            nonlocal done
+            journal.add(candidates[k], wanted[k], results)
+            done += 1
+            job.report(min(done, budget), budget, "candidates")
+
+        return job.workers.map("glue.steps._candidates:measure", calls, each=each)
+
+    neutral = {member.name for member in members if base is not None and member.digest == base.digest}
+    rule: Rule = "add" if base is not None and ground.merge.method.traits["space"] == "delta" else "interpolate"
+    own = {word: is_per_member(info.annotation, info.metadata)
+           for word, info in ground.merge.method.parameters.items() if word != "weight"}
+    return Space([member.name for member in members], evaluate, np.repeat(np.arange(len(sizes)), sizes), rule=rule,
+                 budget=budget, item_budget=answers, neutral=frozenset(neutral if rule == "add" else ()), seed=job.seed,
+                 parameters=own, layers=ground.layers, similarity=similarity, known=known)
+
+
+def _similarity(job: Job, members: list[Member], strategy: Choice) -> np.ndarray | None:
+    """How alike the members are in their MLPs, where the strategy goes by it: [n, n]."""
+    if strategy.params.get("order") not in ("similarity", "dissimilarity"):
+        return None
+    return job.workers.call("glue.steps._candidates:alike", members)
+
+
+def _told(found: Found) -> dict[str, Any]:
+    """What search.json says: enough to make the same merge again, and every step on the way to it."""
+    return {"merged": found.candidate.merged, "weights": found.candidate.weights,
+            "candidate": found.candidate.spelled(), "value": found.value, "evaluated": found.candidates,
+            "items": found.items, "log": [[str(row.candidate), row.value, row.purpose, row.items]
+                                          for row in found.log]}
 
 
 def score_member(running, suite: Measured) -> dict[str, np.ndarray]:
@@ -82,28 +153,3 @@ def score_member(running, suite: Measured) -> dict[str, np.ndarray]:
     from glue.evaluate.fast import prepare, score
 
     return score(running, prepare(running.tokenizer, suite.suite.tasks, suite.items()))
-
-
-def score_candidate(candidate, members: list[Member], base: Member | None, merge: Choice, suite: Measured,
-                    seed: int) -> dict[str, np.ndarray]:
-    """In a worker: per-item results of one candidate by task."""
-    from glue.kinds import load
-    from glue.kinds.model import assembled
-    from glue.merge.engine import merged
-
-    if not candidate.merged:
-        return score_member(load(_by_name(members)[candidate.parts[0][0]]), suite)
-    choice, chosen = _choice(candidate, members, merge)
-    tensors = merged(choice, sources_of(chosen), source_of(base), seed=seed)
-    return score_member(assembled(base or members[0], tensors), suite)
-
-
-def _choice(candidate, members: list[Member], merge: Choice) -> tuple[Choice, list[Member]]:
-    """The merge method with the candidate's weights, and the members that take part."""
-    chosen = [member for member in members if member.name in candidate.weights]
-    weight = [float(candidate.weights[member.name]) for member in chosen]
-    return Choice(merge.method, {**merge.params, "weight": weight}), chosen
-
-
-def _by_name(members: list[Member]) -> dict[str, Member]:
-    return {member.name: member for member in members}

@@ -8,7 +8,7 @@ import torch
 
 from glue.checkpoint import InMemory
 from glue.cluster.linkage import clusters
-from glue.cluster.similarity import similarity
+from glue.cluster.similarity import similarities, similarity
 
 
 def llamas() -> list[InMemory]:
@@ -50,6 +50,37 @@ def test_deltas_agree_with_torch_too():
     ours = similarity(sources, base=base)
     theirs = [[oracle(a, b, ("self_attn", "mlp"), base) for b in sources] for a in sources]
     assert np.abs(ours - theirs).max() < 1e-6
+
+
+def test_flattened_cosines_signs_and_lengths_agree_with_torch_in_fp64():
+    base, *sources = llamas()
+    changes = [{name: source[name].double() - base[name].double() for name in source
+                if source[name].ndim == 2 and ("self_attn" in name or "mlp" in name)} for source in sources]
+    found = similarities(sources, base=base, per="tensor")
+    for i, one in enumerate(changes):
+        for j, other in enumerate(changes):
+            flat = [torch.cosine_similarity(one[name].flatten(), other[name].flatten(), dim=0) for name in one]
+            assert found.cosine["all"][i, j] == pytest.approx(float(torch.stack(flat).mean()), abs=1e-6)
+            a, b = (torch.cat([tensor.flatten() for tensor in each.values()]) for each in (one, other))
+            both = (a != 0) & (b != 0)
+            assert found.overlap[i, j] == pytest.approx(float(both.double().mean()), abs=1e-12) or i == j
+            assert found.agreement[i, j] == pytest.approx(float((a * b > 0).sum() / both.sum()), abs=1e-7)
+            lengths = sorted(float(each.norm()) for each in (a, b))
+            assert found.ratio[i, j] == pytest.approx(lengths[0] / lengths[1], abs=1e-6)
+
+
+def test_a_large_matrix_keeps_the_precision_of_a_small_one():
+    generator = torch.Generator().manual_seed(0)
+    below = 0.02 * torch.randn(3000, 700, generator=generator)
+    sources = [InMemory({"mlp.w": (below + much * torch.randn(3000, 700, generator=generator)).bfloat16()})
+               for much in (0.0, 0.001, 0.01, 0.02)]
+    for per, ours in (("column", similarity(sources)), ("tensor", similarity(sources, per="tensor"))):
+        wide = torch.stack([source["mlp.w"].double() for source in sources])
+        for i in range(4):
+            for j in range(i):
+                one, other = (wide[k] if per == "column" else wide[k].flatten() for k in (i, j))
+                theirs = torch.cosine_similarity(one, other, dim=0).mean()
+                assert ours[i, j] == pytest.approx(float(theirs), abs=2e-7)
 
 
 @pytest.mark.parametrize("linkage", ["single", "average", "complete"])

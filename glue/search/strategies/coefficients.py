@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 from glue.family import Field, NonNegative
 from glue.search import searching
-from glue.search.space import Candidate, Found, Space
+from glue.search.candidate import Candidate
+from glue.search.space import Found, Space
+from glue.search.turns import turns
 
 
-@searching.add("coefficients")
+@searching.add("coefficients", version=2)
 def coefficients(space: Space, *, values: Annotated[list[NonNegative], Field(min_length=1)]
                  = [0.0, 0.2, 0.35, 0.5, 0.7, 0.9],  # noqa: B006 - read only; a tuple is no YAML value
                  min_gain: NonNegative = 1.0) -> Found:
@@ -19,27 +22,16 @@ def coefficients(space: Space, *, values: Annotated[list[NonNegative], Field(min
               divided by their sum
     min_gain  paired standard errors by which a change must be ahead of what it changes
 
-    The best single member is the answer if no merge is better.
+    The best single member is the answer unless the merge is better than luck among all that were tried.
     """
-    singles = space.singles()
-    order = [name for single in singles for name in single.weights if name in space.others]
+    order = [name for single in space.singles() for name in single.names if name in space.others]
     grid = sorted(values)
     started = space.results(space.together(grid), "all members with one weight")
     if not started:
-        return space.found(singles[0])
-    incumbent, before = space.best(started), None
-    while incumbent != before:
-        before = incumbent
-        for name in order:
-            changed = [{**incumbent.weights, name: c} for c in grid]
-            merges = [_merge(space, weights) for weights in changed if any(weights.values())]
-            ahead = space.best(space.results(merges, f"how much of {name}") or [incumbent])
-            gain = space.gain(ahead, incumbent)
-            if gain.value > 0 and gain.convinces(min_gain):  # strictly ahead, so that the turns come to an end
-                incumbent = ahead
-    return space.found(space.best([singles[0], incumbent]))
+        return space.found(space.singles()[0])
 
+    def changed(incumbent: Candidate, name: str) -> tuple[str, Iterable[Candidate]]:
+        merges = (space.merge([{**incumbent.weights, name: value}]) for value in grid)
+        return f"how much of {name}", [merge for merge in merges if merge]
 
-def _merge(space: Space, weights: dict[str, float]) -> Candidate:
-    total = sum(weights.values()) if space.rule == "interpolate" else 1.0
-    return Candidate.merge({name: weight / total for name, weight in weights.items()})
+    return space.found(space.proven(turns(space, space.best(started), order, changed, min_gain)))
