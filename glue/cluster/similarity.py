@@ -33,6 +33,7 @@ BLOCK = 1 << 20  # entries of all members that are compared at a time: they stay
 LEAST = 1 << 14  # entries of one member, however many members there are: what is shorter takes longer to call
 SUMMED = 1 << 9  # entries whose products are summed in the type of a block: squares of bf16 lose digits one way only
 OPEN = 512       # files at once, one for each member and thread
+MAPPED = 1 << 29 # bytes that are read before the pages read so far are let go
 HELD = 1 << 30   # bytes of tensors held at once that are in no file but made when they are asked for
 
 
@@ -185,10 +186,11 @@ def _each(sources: Sequence[Weights], names: list[str], base: Weights | None, pe
           progress: Progress) -> Iterator[tuple[str, Sums]]:
     """The sums of each tensor, in the order of the names; a thread takes a tensor, with no further threads inside."""
     def work(name: str) -> Sums:
-        # a copy of a checkpoint maps its files anew, so that the pages go with the tensor
-        tensors = [copy(source)[name] for source in sources]
-        return _sums(tensors, None if base is None else copy(base)[name], per, signs)
+        opened = runs.pop(name)
+        tensors = [source[name] for source in opened[:len(sources)]]
+        return _sums(tensors, None if base is None else opened[-1][name], per, signs)
 
+    runs = _opened([*sources, *([] if base is None else [base])], names)
     made = max(sum(source.headers[name].nbytes for source in sources if source.headers[name].file is None)
                for name in names)
     before = torch.get_num_threads()
@@ -199,6 +201,19 @@ def _each(sources: Sequence[Weights], names: list[str], base: Weights | None, pe
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
+
+
+def _opened(sources: Sequence[Weights], names: list[str]) -> dict[str, list[Weights]]:
+    """For each tensor the sources to read it from: copies, which map their files anew, so that the pages of a run of
+    tensors go with its last one. To let go after each tensor would hold up the other threads too often."""
+    found: dict[str, list[Weights]] = {}
+    held = MAPPED
+    for name in names:
+        if held >= MAPPED:
+            opened, held = [copy(source) for source in sources], 0
+        found[name] = opened
+        held += sum(source.headers[name].nbytes for source in sources)
+    return found
 
 
 def _sums(tensors: list[Tensor], base: Tensor | None, per: Per, signs: bool) -> Sums:

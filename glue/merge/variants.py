@@ -37,19 +37,18 @@ class Variants:
 
         Raises MethodError for settings that the method refuses.
         """
-        made: dict[str, tuple[Choice, list[Source]]] = {}
+        made: dict[str, tuple[Choice, tuple[Source, ...]]] = {}
 
         def target(name: str, whole: Target) -> Target:
             told = setting(name)
             key = canonical(told)
             if key not in made:
-                made[key] = self._settled(told)
+                made[key] = self._ordered(*self._settled(told), whole)
             choice, sources = made[key]
-            below = Input(self.base, name) if self.base and sources != [self.base] else None
-            return replace(whole, choice=choice, inputs=tuple(Input(source, name) for source in sources), base=below)
+            below = Input(self.base, name) if self.base and sources != (self.base,) else None
+            return Target(name, whole.header, choice, tuple(Input(source, name) for source in sources), below)
 
-        targets = [target(name, whole) for name, whole in self.whole.targets.items()]
-        return replace(self.whole, targets=in_one_order(targets))
+        return replace(self.whole, targets={name: target(name, whole) for name, whole in self.whole.targets.items()})
 
     def _settled(self, told: Setting) -> tuple[Choice, list[Source]]:
         """A method with its parameters, and what it works on."""
@@ -63,6 +62,13 @@ class Variants:
         choice = Choice(self.method.method, {**self.method.params, **told, **rows})
         tried(choice, taking)
         return choice, [self.members[name] for name in taking]
+
+    @staticmethod
+    def _ordered(choice: Choice, sources: Sequence[Source], like: Target) -> tuple[Choice, tuple[Source, ...]]:
+        """In the order in which they are summed: one for all tensors that are made alike."""
+        inputs = tuple(Input(source, like.name) for source in sources)
+        ordered = in_one_order([replace(like, choice=choice, inputs=inputs)])[like.name]
+        return ordered.choice, tuple(each.source for each in ordered.inputs)
 
 
 def marks(merge: Merge) -> dict[str, str]:
