@@ -28,15 +28,15 @@ from glue.files import sync_folder, whole_lines, write_aside
 SHARD = 5_000_000_000  # bytes of tensors in one file
 JOURNAL = ".parts.jsonl"
 BLOCK = 1 << 22        # bytes that are read at once
-DIRECT, PAGE = 1 << 20, 1 << 12  # bytes that go past the page cache at once; what their place and size are whole in
+DIRECT, PAGE = 1 << 19, 1 << 12  # bytes that go past the page cache at once; what their place and size are whole in
 NOTHING = mmap.mmap(-1, 1)
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where the bytes of each tensor go: into which file, which does not yet have its name, and where in it.
- `journal` says
-    whether what is complete is noted.
+
+    journal  whether what is complete is noted
     """
 
     folder: Path
