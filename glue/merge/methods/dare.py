@@ -34,7 +34,7 @@ def kept(leaf: Leaf, density: Tensor, weight: Tensor) -> Tensor:
     return keep_random(leaf, density).mul_(weight * leaf.seen.to(weight))
 
 
-@merging.add("dare_linear", source="arXiv:2311.03099", space="delta", glance=factors, symmetric=True,
+@merging.add("dare_linear", version=2, source="arXiv:2311.03099", space="delta", glance=factors, symmetric=True,
              idempotent={"density": 1.0}, unbiased={"density": 0.5, "rescale": "share"})
 def dare_linear(leaf: Leaf, *, weight: PerMember[float] = 1.0, density: PerMember[Share] = 1.0,
                 normalize: bool = False, rescale: Rescale = "share", lambda_: float = 1.0) -> Tensor:
@@ -48,7 +48,7 @@ def dare_linear(leaf: Leaf, *, weight: PerMember[float] = 1.0, density: PerMembe
     return (total.div_(whole(weight)) if normalize else total).mul_(lambda_)
 
 
-@merging.add("dare_ties", source="arXiv:2311.03099", space="delta", glance=factors, symmetric=True,
+@merging.add("dare_ties", version=2, source="arXiv:2311.03099", space="delta", glance=factors, symmetric=True,
              idempotent={"density": 1.0}, unbiased={"density": 0.5, "rescale": "share"})
 def dare_ties(leaf: Leaf, *, weight: PerMember[float] = 1.0, density: PerMember[Share] = 1.0,
               normalize: bool = False, rescale: Rescale = "share", lambda_: float = 1.0) -> Tensor:
