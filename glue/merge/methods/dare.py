@@ -13,7 +13,7 @@ from torch import Tensor
 from glue.family import PerMember, Share
 from glue.merge import merging
 from glue.merge.combine import added
-from glue.merge.leaf import Leaf
+from glue.merge.leaf import CHANCES, Leaf, steps
 from glue.merge.parameters import whole
 from glue.merge.sparsify import keep_random, rescaling
 from glue.merge.target import Glimpse
@@ -24,8 +24,8 @@ Rescale = Literal["none", "share", "l1"]
 
 def factors(pieces: Glimpse, *, density: Tensor, rescale: str) -> Tensor:
     """What the kept entries of each member are multiplied by: [n, 1], fp64."""
-    if rescale == "share":
-        return 1 / density
+    if rescale == "share":  # of what the chance is in truth, so that the mean is what it should be
+        return density.clone().apply_(lambda share: CHANCES / steps(share))
     return rescaling(pieces, rescale, lambda leaf: keep_random(leaf, density))
 
 
