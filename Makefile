@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0 OMP_WAIT_POLICY=PASSIVE
+SPEED := benchmarks/speed/results/1b1.json
 CORES := $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: quickstart test check fix docs bench clean
@@ -16,12 +17,14 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m glue.docs --check
+	$(BIN)/python -m benchmarks.speed table $(SPEED) --into README.md --check
 
 fix: .venv/ready
 	$(BIN)/ruff check --fix .
 
 docs: .venv/ready
 	$(BIN)/python -m glue.docs
+	$(BIN)/python -m benchmarks.speed table $(SPEED) --into README.md
 
 bench: .venv/ready
 	$(OFFLINE) $(BIN)/glue run recipes/quickstart.yaml --full

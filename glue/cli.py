@@ -111,14 +111,13 @@ def merge(config: Annotated[Path, typer.Argument(help="A config of mergekit, or 
           allow_nan: Annotated[bool, typer.Option(help="Write numbers that are not finite.")] = False,
           lenient: Lenient = False, untie: Untie = False,
           overwrite: Annotated[bool, typer.Option(help="What is in OUT is set aside, not refused.")] = False,
-          sync: Annotated[bool, typer.Option(help="Wait until all of it is on the disk.")] = True,
           zoo: ZooFile = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
     """Merge models as a YAML of mergekit says, unmodified. A merge that was killed goes on where it was."""
     from glue.merges import merge_file, size
     from glue.orders import Settings
     from glue.show import bar, print_merged
 
-    settings = Settings(seed, dtype, out_dtype, size(shard_size), device, allow_nan, lenient, untie, overwrite, sync)
+    settings = Settings(seed, dtype, out_dtype, size(shard_size), device, allow_nan, lenient, untie, overwrite)
     with bar(quiet or as_json) as report:
         done = merge_file(config, out, settings, _zoo_or_none(zoo), workers, report)
     print_merged(done, as_json)

@@ -13,25 +13,20 @@ from typing import BinaryIO
 BLOCK = 65536  # bytes that are read at once in search of the end of a line
 
 
-def write_aside(file: Path, text: str | bytes, *, sync: bool = True) -> None:
-    """Write a whole file so that a reader sees the old one or the new one, never a part.
-
-    sync  wait until it is on the disk, so that a power cut too leaves the one or the other
-    """
+def write_aside(file: Path, text: str | bytes) -> None:
+    """Write a whole file so that a reader sees the old one or the new one, never a part."""
     data = text.encode() if isinstance(text, str) else text
     draft = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         with open(draft, "wb") as stream:
             stream.write(data)
             stream.flush()
-            if sync:
-                os.fsync(stream.fileno())
+            os.fsync(stream.fileno())
         os.replace(draft, file)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
-    if sync:
-        sync_folder(file.parent)
+    sync_folder(file.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -58,26 +53,24 @@ def point(link: Path, folder: Path) -> None:
     os.replace(draft, link)
 
 
-def publish(draft: Path, final: Path, *, sync: bool = True) -> Path | None:
-    """Rename a finished folder into place, every file synced first, unless `sync` is false.
+def publish(draft: Path, final: Path) -> Path | None:
+    """Rename a finished folder into place, every file synced first.
 
     What stood there is never deleted, since it may have been changed by hand: it is kept as `<name>.replaced-<n>`,
     which is returned. `glue zoo gc` lists it.
     """
-    for file in draft.rglob("*") if sync else ():
+    for file in draft.rglob("*"):
         if file.is_file():
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
         elif file.is_dir():
             sync_folder(file)
-    if sync:
-        sync_folder(draft)
+    sync_folder(draft)
     final.parent.mkdir(parents=True, exist_ok=True)
     kept = _set_aside(final)
     while not _renamed(draft, final):  # another process has published here in the meantime
         kept = _set_aside(final) or kept
-    if sync:
-        sync_folder(final.parent)
+    sync_folder(final.parent)
     return kept
 
 

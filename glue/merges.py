@@ -54,10 +54,10 @@ def carried_out(order: Order, workers: Workers, report: Report = lambda done, to
     try:
         draft.mkdir(parents=True, exist_ok=True)
         digest = order.into(draft, workers, report)
-        write_aside(draft / FOLDER_NOTE, json.dumps(_note(order, digest), indent=1), sync=order.settings.sync)
+        write_aside(draft / FOLDER_NOTE, json.dumps(_note(order, digest), indent=1))
         with suppress(OSError):
             order.out.rmdir()  # an empty folder is no reason to keep anything
-        kept = publish(draft, order.out, sync=order.settings.sync)
+        kept = publish(draft, order.out)
     except (MethodError, CheckpointError, RecipeError):
         shutil.rmtree(draft, ignore_errors=True)  # what the user must change; all else can be gone on with
         raise

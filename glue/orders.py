@@ -44,7 +44,6 @@ class Settings:
 
     dtype, out_dtype  replace those of the config      untie   read a missing head from the embedding
     overwrite         a folder that is there is set aside, not refused
-    sync              wait until everything is on the disk; without it a power cut may lose the result
     """
 
     seed: int = 0
@@ -56,7 +55,6 @@ class Settings:
     lenient: bool = False
     untie: bool = False
     overwrite: bool = False
-    sync: bool = True
 
     @property
     def kept(self) -> tuple[Any, ...]:
@@ -128,8 +126,7 @@ class Dense(Order):
     def into(self, folder: Path, workers: Workers, report: Report) -> str:
         """See Order."""
         if self.merge is not None:
-            digest = spread(self.merge, folder, workers, shard_size=self.settings.shard_size, sync=self.settings.sync,
-                            report=report)
+            digest = spread(self.merge, folder, workers, shard_size=self.settings.shard_size, report=report)
         else:
             digest = self._through_mergekit(folder)
         keep: Sequence[Any] = ()
@@ -137,7 +134,7 @@ class Dense(Order):
             keep = ("config", "tokenizer") if self.config.tokenizer else ("config",)
         base = self.config.base_model
         furnish(folder, self.folders[self.plan.donor][0], _card(self, base), changes={} if keep else self.plan.config,
-                chat_template=self.config.chat_template or None, keep=keep, sync=self.settings.sync,
+                chat_template=self.config.chat_template or None, keep=keep,
                 members=[paths[0] for paths in self.folders.values()])
         return digest
 

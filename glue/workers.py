@@ -107,7 +107,6 @@ class Workers:
                 events = self._events = context.SimpleQueue()
                 self._pool = ProcessPoolExecutor(self.number, mp_context=context, initializer=_begin,
                                                  initargs=(self.threads, events))
-                gc.collect()
                 gc.freeze()  # or a collection in a forked process writes to pages that are shared until then
                 self._pool.submit(os.getpid)  # so that all are forked before there is a thread
                 gc.unfreeze()

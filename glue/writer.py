@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
+import mmap
 import os
 import struct
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +28,16 @@ from glue.files import sync_folder, whole_lines, write_aside
 SHARD = 5_000_000_000  # bytes of tensors in one file
 JOURNAL = ".parts.jsonl"
 BLOCK = 1 << 22        # bytes that are read at once
+DIRECT, PAGE = 1 << 19, 1 << 12  # bytes that go past the page cache at once; what their place and size are whole in
+NOTHING = mmap.mmap(-1, 1)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the bytes of each tensor go: into which file, which does not yet have its name, and where in it."""
+    """Where the bytes of each tensor go: into which file, which does not yet have its name, and where in it.
+
+    journal  whether what is complete is noted
+    """
 
     folder: Path
     headers: Mapping[str, Header]
@@ -43,7 +50,11 @@ class Layout:
 
 
 class Stream:
-    """One tensor on its way to its place, piece by piece."""
+    """One tensor on its way to its place, piece by piece.
+
+    A large one goes past the page cache, where the file system can: what has to be on the disk in the end need not wait
+    in memory first, nor drive out of it what is still to be read.
+    """
 
     def __init__(self, layout: Layout, name: str):
         file, self._at = layout.places[name]
@@ -51,41 +62,90 @@ class Stream:
         self._end = self._at + self._header.nbytes
         self._digest = opened_digest(name, self._header)
         self._file = os.open(layout.part(file), os.O_WRONLY)
+        self._direct: int | None = None
+        self._held, self._buffer, self._other = 0, NOTHING, NOTHING
+        self._under_way: Future[None] | None = None
+        if self._header.nbytes >= DIRECT and hasattr(os, "O_DIRECT"):
+            with suppress(OSError):  # a file system without it
+                self._direct = os.open(layout.part(file), os.O_WRONLY | os.O_DIRECT)
+                self._buffer, self._other = mmap.mmap(-1, DIRECT), mmap.mmap(-1, DIRECT)  # which begin with a page
+                self._beside = ThreadPoolExecutor(1)  # one is written while the other is filled
 
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._direct is not None:
+            self._beside.shutdown()
+            os.close(self._direct)
         os.close(self._file)
 
     def write(self, piece: Tensor) -> None:
         """The next entries. Raises RunError where they cannot be written, for lack of space for instance."""
         assert piece.dtype == self._header.dtype, f"'{self._name}' is {piece.dtype}, announced as {self._header.dtype}"
-        data, done = as_bytes(piece), 0
-        assert self._at + len(data) <= self._end, f"'{self._name}' is larger than announced"
+        data = as_bytes(piece)
+        assert self._at + self._held + len(data) <= self._end, f"'{self._name}' is larger than announced"
+        self._digest.update(data)
         try:
-            while done < len(data):
-                done += os.pwrite(self._file, data[done:], self._at + done)
+            while self._direct is not None and len(data):
+                data = data[self._taken(data):]
+            self._put(self._file, data)
         except OSError as problem:
             raise _unwritten(self._layout.folder, problem) from None
-        self._digest.update(data)
+
+    def _taken(self, data: memoryview) -> int:
+        """How many bytes were taken: up to the next page as they are, from there on into the buffer."""
+        if odd := -self._at % PAGE if not self._held else 0:
+            odd = min(odd, len(data))
+            self._put(self._file, data[:odd])
+            return odd
+        count = min(len(data), DIRECT - self._held)
+        self._buffer[self._held:self._held + count] = data[:count]
+        self._held += count
+        if self._held == DIRECT:
+            self._wait()
+            self._under_way = self._beside.submit(self._past_the_cache, memoryview(self._buffer), self._at)
+            self._buffer, self._other = self._other, self._buffer
+            self._at, self._held = self._at + DIRECT, 0
+        return count
+
+    def _past_the_cache(self, data: memoryview, at: int) -> None:
+        try:
+            _write(self._direct, data, at)
+        except OSError as problem:
+            if problem.errno != errno.EINVAL:
+                raise
+            _write(self._file, data, at)  # a file system that cannot, and says so only now
+
+    def _wait(self) -> None:
+        if self._under_way is not None:
+            self._under_way.result()
+        self._under_way = None
+
+    def _put(self, file: int, data: memoryview) -> None:
+        _write(file, data, self._at)
         self._at += len(data)
 
     def close(self) -> str:
         """The digest of the tensor, now that it is complete; the journal, where there is one, has it too."""
-        assert self._at == self._end, f"{self._end - self._at} bytes of '{self._name}' are missing"
-        digest = self._digest.hexdigest()
-        if not self._layout.journal:
-            return digest
+        try:
+            self._wait()
+            self._put(self._file, memoryview(self._buffer)[:self._held])
+            assert self._at == self._end, f"{self._end - self._at} bytes of '{self._name}' are missing"
+            digest = self._digest.hexdigest()
+            if self._layout.journal:
+                self._note(digest)
+        except OSError as problem:
+            raise _unwritten(self._layout.folder, problem) from None
+        return digest
+
+    def _note(self, digest: str) -> None:
         line = json.dumps({"name": self._name, "digest": digest}) + "\n"
         journal = os.open(self._layout.folder / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             os.write(journal, line.encode())  # one short write to the end of a file is not torn by others
-        except OSError as problem:
-            raise _unwritten(self._layout.folder, problem) from None
         finally:
             os.close(journal)
-        return digest
 
 
 class Writer:
@@ -95,15 +155,14 @@ class Writer:
     shard_size  bytes of tensors a file may hold; a single larger tensor gets a file of its own
     key         of what is written; a writer with the key of one that was killed here finds its tensors in `left`
                 no more. Without a key nothing is kept
-    sync        whether to wait until everything is on the disk before files get their names
 
     As a context manager it is closed at the end, and aborted where an exception passes. Files get their names in
     `close`, once they are complete and synced, the index last; before that the folder holds no checkpoint.
     """
 
     def __init__(self, folder: Path, headers: Mapping[str, Header], *, shard_size: int = SHARD,
-                 metadata: Mapping[str, Any] | None = None, key: str = "", sync: bool = True):
-        self.folder, self._metadata, self._key, self._sync = folder, dict(metadata or {}), key, sync
+                 metadata: Mapping[str, Any] | None = None, key: str = ""):
+        self.folder, self._metadata, self._key = folder, dict(metadata or {}), key
         self.digests: dict[str, str] = {}
         shards = _split(headers, shard_size)
         self._heads: dict[str, tuple[bytes, int]] = {}
@@ -201,7 +260,7 @@ class Writer:
             return combined(self.digests)
         assert not self.left, f"{len(self.left)} tensors were announced and not written, e.g. {sorted(self.left)[0]}"
         try:
-            for file in self._heads if self._sync else ():
+            for file in self._heads:
                 handle = os.open(self.layout.part(file), os.O_WRONLY)
                 try:
                     os.fsync(handle)
@@ -209,13 +268,12 @@ class Writer:
                     os.close(handle)
             for file in self._heads:
                 os.replace(self.layout.part(file), self.folder / file)
-            if self._sync:
-                sync_folder(self.folder)
+            sync_folder(self.folder)
             if len(self._heads) > 1:
                 size = sum(header.nbytes for header in self.layout.headers.values())
                 index = {"metadata": {"total_size": size, **self._metadata},
                          "weight_map": {name: file for name, (file, _) in sorted(self.layout.places.items())}}
-                write_aside(self.folder / INDEX, json.dumps(index, indent=2), sync=self._sync)
+                write_aside(self.folder / INDEX, json.dumps(index, indent=2))
             (self.folder / JOURNAL).unlink(missing_ok=True)
         except OSError as problem:
             raise _unwritten(self.folder, problem) from None
@@ -240,6 +298,12 @@ def _reserve(file: int, size: int) -> None:
     if hasattr(libc, "fallocate") and libc.fallocate(file, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0 \
             and ctypes.get_errno() == errno.ENOSPC:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _write(file: int | None, data: memoryview, at: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(file, data[done:], at + done)  # type: ignore[arg-type]
 
 
 def _unwritten(folder: Path, problem: OSError) -> RunError:

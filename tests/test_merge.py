@@ -15,7 +15,7 @@ from glue.family import PerMember, Probability
 from glue.merge import merging
 from glue.merge.engine import check, merged, prepared
 from glue.merge.gram import gram
-from glue.merge.leaf import Leaf, Source, random_key, summed
+from glue.merge.leaf import CHANCES, Leaf, Source, random_key, steps, summed
 from glue.merge.parameters import settled
 from glue.merge.sparsify import cut, keep_largest, keep_random
 from glue.merge.target import Held
@@ -285,6 +285,17 @@ def test_draws_depend_on_seed_member_tensor_and_place_alone():
         assert torch.equal(leaf([0.0] * 100, start=start).uniform(0), first[start:start + 100])
     # What was merged once must be merged again the same way, whatever the version of numpy.
     assert [round(float(draw), 6) for draw in first[:3]] == [0.057226, 0.930744, 0.37563]
+
+
+def test_what_stays_depends_on_the_place_alone_and_as_often_as_it_should():
+    whole = leaf([0.0] * 100_000, [0.0] * 100_000)
+    first = whole.stays(0, 0.3)
+    assert not torch.equal(first, whole.stays(1, 0.3))
+    for start in (1, 15, 16, 17, 31, 99_000):
+        assert torch.equal(leaf([0.0] * 100, start=start).stays(0, 0.3), first[start:start + 100]), start
+    assert abs(first.double().mean() - 0.3) < 4 * (0.21 / 1e5) ** 0.5
+    assert bool((whole.stays(0, 0.5) >= first).all())  # who stays at a low chance stays at a higher one
+    assert steps(1e-9) == 1 and steps(0.5) == CHANCES // 2 and steps(1.0) == CHANCES and whole.stays(0, 1.0).all()
 
 
 def test_draws_are_uniform():

@@ -161,4 +161,5 @@ def _caption(results: Mapping[str, Any]) -> str:
     return (f"{told} Other work kept {busy:.1f} cores busy{lost}.\nMedians; ratios are taken pair by pair. Stage: "
             "the merge and its planning (of mergekit: run_merge); process: from start to exit. Limit: reading the "
             "inputs as often as the method must, or writing the output, whichever takes longer at the bandwidths "
-            "probed with each pair. Nothing waits for the disk unless a row says fsync.")
+            "probed with each pair. glue's result is on the disk when the clock stops; mergekit's only in the row "
+            "that says fsync.")

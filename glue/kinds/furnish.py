@@ -34,7 +34,7 @@ STALE = ("_name_or_path",)  # where the donor was loaded from, which is not wher
 
 def furnish(folder: Path, donor: Path, card: Card, *, changes: Mapping[str, Any] | None = None,
             layers: Mapping[str, Sequence[int]] | None = None, chat_template: str | None = None,
-            members: Sequence[Path] = (), keep: Collection[Kept] = (), sync: bool = True) -> None:
+            members: Sequence[Path] = (), keep: Collection[Kept] = ()) -> None:
     """Put configuration, generation settings, tokenizer and card beside the weights in `folder`.
 
     donor          the base, or without one the first member
@@ -43,7 +43,6 @@ def furnish(folder: Path, donor: Path, card: Card, *, changes: Mapping[str, Any]
     chat_template  a word or a text, see `template_text`
     members        folders whose chat templates `auto` counts
     keep           what `folder` has of its own, to be edited and not replaced
-    sync           wait until every file is on the disk
     All files get the mode that the umask gives. The same call again, after a crash, gives the same folder. Raises
     ZooError for a donor whose files are not what they should be, MethodError for the chat template.
     """
@@ -59,12 +58,12 @@ def furnish(folder: Path, donor: Path, card: Card, *, changes: Mapping[str, Any]
     for file in taken:
         place = folder / file.relative_to(donor)
         place.parent.mkdir(exist_ok=True)
-        write_aside(place, _bytes(file), sync=sync)
+        write_aside(place, _bytes(file))
     if template is not None:
-        _set_template(folder, template, sync)
-    write_aside(folder / CONFIG, _written(config), sync=sync)
-    write_aside(folder / card.config_file, card.config, sync=sync)
-    write_aside(folder / CARD, card_text(card), sync=sync)
+        _set_template(folder, template)
+    write_aside(folder / CONFIG, _written(config))
+    write_aside(folder / card.config_file, card.config)
+    write_aside(folder / CARD, card_text(card))
     follow_umask(folder)
 
 
@@ -164,11 +163,11 @@ def template_of(folder: Path) -> str | None:
     return (told.strip() or None) if isinstance(told, str) else None
 
 
-def _set_template(folder: Path, text: str, sync: bool) -> None:
+def _set_template(folder: Path, text: str) -> None:
     """Both places say the same: transformers 5 reads the file, older ones and other programs the configuration."""
     settings = _json(folder / TOKENIZER_CONFIG)
-    write_aside(folder / TOKENIZER_CONFIG, _written({**settings, "chat_template": text}), sync=sync)
-    write_aside(folder / TEMPLATE, text, sync=sync)
+    write_aside(folder / TOKENIZER_CONFIG, _written({**settings, "chat_template": text}))
+    write_aside(folder / TEMPLATE, text)
     for other in _found(folder, (OLD_TEMPLATE, f"{MORE_TEMPLATES}/*.jinja")):
         other.unlink()  # else processors would take the one, and a call with tools the other
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from glue.checkpoint import Weights
 
 DRAWS = 8   # 32-bit draws that Philox makes of one count
+CHANCES = 1 << 16  # steps of a chance, where a whole tensor has one
 UNUSED = 8  # bits of a draw
 
 
@@ -65,23 +66,32 @@ class Leaf:
         draws *= np.float32(2**-24)
         return torch.from_numpy(draws).to(self.tensors.device).reshape(self.tensors.shape[1:])
 
-    def below(self, i: int, chance: float) -> Tensor:
-        """Where the draws for member i are less than a chance, of which fp32 counts: 1 there, 0 elsewhere, uint8.
+    def stays(self, i: int, chance: float) -> Tensor:
+        """Which entries of member i stay, each with the same chance: 1 for those and 0 for the others, uint8.
 
-        The same entries as  uniform(i) < chance, without turning the draws into fractions.
+        Chances count in steps of 1 / 65536, see `steps`. An entry's fate depends on what its draw depends on.
         """
-        limit = int(np.ceil(np.float64(np.float32(chance)) * 2**24))  # in fp64 the product is exact
-        if limit >= 2**24:
-            return torch.ones(self.tensors.shape[1:], dtype=torch.uint8, device=self.tensors.device)
-        found = np.less(self._words(i), np.uint32(limit << UNUSED))
-        return torch.from_numpy(found.view(np.uint8)).to(self.tensors.device).reshape(self.tensors.shape[1:])
+        shape, limit = self.tensors.shape[1:], steps(chance)
+        if limit == CHANCES:
+            return torch.ones(shape, dtype=torch.uint8, device=self.tensors.device)
+        lanes = 2 * DRAWS  # of 16 bits: half the work of a draw, and as exact as a chance need be
+        found = np.less(self._raw(i, lanes).view(np.uint16)[self.start % lanes:][:shape.numel()], np.uint16(limit))
+        return torch.from_numpy(found.view(np.uint8)).to(self.tensors.device).reshape(shape)
 
     def _words(self, i: int) -> np.ndarray:
         """Draws of 32 bits, of which the upper 24 are used: so many fit in fp32."""
-        count, skipped = self.tensors.shape[1:].numel(), self.start % DRAWS
-        stream = np.random.Philox(key=self.keys[i], counter=self.start // DRAWS)
+        return self._raw(i, DRAWS).view(np.uint32)[self.start % DRAWS:][:self.tensors.shape[1:].numel()]
+
+    def _raw(self, i: int, lanes: int) -> np.ndarray:
+        """Words of 64 bits with all draws of this piece, where one count of the generator makes so many draws."""
+        stream = np.random.Philox(key=self.keys[i], counter=self.start // lanes)
         # Raw words, because numpy promises that these never change, and promises nothing of Generator.random.
-        return stream.random_raw(-(-(skipped + count) // 2)).view(np.uint32)[skipped:skipped + count]
+        return stream.random_raw(-(-(self.start % lanes + self.tensors.shape[1:].numel()) * 4 // lanes))
+
+
+def steps(chance: float) -> int:
+    """A chance in steps of 1 / 65536, at least one."""
+    return max(1, round(float(np.float32(chance)) * CHANCES))
 
 
 def random_key(seed: int, fingerprint: str, name: str) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glue.errors import MethodError
 from glue.merge.cut import Cut, cut_at, within
-from glue.merge.leaf import Leaf
+from glue.merge.leaf import CHANCES, Leaf, steps
 from glue.merge.target import Glimpse
 
 NO_NORM = 1e-7   # L1 norms below this are not restored
@@ -65,12 +65,12 @@ def _shrink(numbers: Tensor, to: float, out: Tensor) -> None:
 def keep_random(leaf: Leaf, density: Tensor) -> Tensor:
     """Each entry of leaf.tensors[i] with probability density[i], the rest zero: [n, *shape].
 
-    density  [n, 1, ..., 1]
+    density  [n, 1, ..., 1], in steps of 1 / 65536
     """
     stays = torch.empty_like(leaf.tensors[0])
     for i, chance in enumerate(density.flatten().tolist()):
-        if np.float32(chance) < 1:
-            leaf.tensors[i].mul_(stays.copy_(leaf.below(i, chance)))  # numbers, since torch is slow with masks
+        if steps(chance) < CHANCES:
+            leaf.tensors[i].mul_(stays.copy_(leaf.stays(i, chance)))  # numbers, since torch is slow with masks
     return leaf.tensors
 
 

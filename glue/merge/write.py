@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ Each = Callable[[int, dict[str, str]], None]
 Report = Callable[[int, int], None]
 
 
-def write(merge: Merge, folder: Path, *, shard_size: int = SHARD, sync: bool = True, number: int = 1,
+def write(merge: Merge, folder: Path, *, shard_size: int = SHARD, number: int = 1,
           spread: Callable[[Sequence[Call], Each], object] | None = None,
           report: Report = lambda done, total: None) -> str:
     """Merge into a folder of safetensors and return the digest of the weights.
@@ -34,12 +35,12 @@ def write(merge: Merge, folder: Path, *, shard_size: int = SHARD, sync: bool = T
     free = shutil.disk_usage(folder).free + sum(file.stat().st_blocks * 512 for file in folder.glob(".model*"))
     if total > free:
         raise RunError(f"{folder} needs {total:,} bytes, and its disk has {free:,} left", fix="make room first")
-    with Writer(folder, merge.headers, shard_size=shard_size, key=resume_key(merge, shard_size), sync=sync) as writer:
+    with Writer(folder, merge.headers, shard_size=shard_size, key=resume_key(merge, shard_size)) as writer:
         left = writer.left
         done = total - sum(merge.headers[name].nbytes for name in left)
         if left:
             merge = merge.glanced()
-        calls = [(merge, writer.layout, names) for names in shares(merge, left, number * PARTS)]
+        calls = [_call(merge, writer.layout, names) for names in shares(merge, left, number * PARTS)]
 
         def each(_: int, digests: dict[str, str]) -> None:
             nonlocal done
@@ -64,6 +65,13 @@ def fill(merge: Merge, layout: Layout, names: Iterable[str]) -> dict[str, str]:
                 stream.write(piece)
             digests[name] = stream.close()
     return digests
+
+
+def _call(merge: Merge, layout: Layout, names: list[str]) -> Call:
+    """What one call needs, and no more, since it is sent to another process."""
+    return (replace(merge, targets={name: merge.targets[name] for name in names}),
+            replace(layout, headers={name: layout.headers[name] for name in names},
+                    places={name: layout.places[name] for name in names}), names)
 
 
 def shares(merge: Merge, names: Iterable[str], number: int) -> list[list[str]]:

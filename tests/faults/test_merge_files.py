@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import os
 import random
@@ -15,14 +16,14 @@ import pytest
 import torch
 
 import glue.writer
-from glue.checkpoint import INDEX, Checkpoint, Header
+from glue.checkpoint import INDEX, Checkpoint, Header, weights_digest
 from glue.errors import CheckpointError, RunError
 from glue.merge import merging
 from glue.merge.engine import Merge, prepared
 from glue.merge.leaf import Source
 from glue.merge.write import shares, write
 from glue.workers import Workers
-from glue.writer import JOURNAL, Writer
+from glue.writer import JOURNAL, Stream, Writer
 
 SHAPES = {"embed.weight": (600, 300), "a.weight": (500, 400), "b.weight": (64, 900), "norm": (400,), "none": (0, 4)}
 TOTAL = 2 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
@@ -244,3 +245,40 @@ def test_work_is_shared_out_evenly_and_all_of_it(zoo):
     parts = shares(merge, merge.targets, 3)
     assert sorted(name for part in parts for name in part) == sorted(SHAPES) and len(parts) == 3
     assert parts[0] == ["a.weight"] and parts[1] == ["embed.weight"]
+
+
+LARGE = {"a": (700, 1021), "b": (3,), "c": (1024, 1024), "d": (1500, 999), "e": (2,)}  # some begin and end inside pages
+
+
+@pytest.mark.parametrize("piece", [1 << 17, 50_001])
+def test_large_tensors_that_go_past_the_page_cache_are_the_same(tmp_path, monkeypatch, piece):
+    random = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=random).bfloat16() for name, shape in LARGE.items()}
+    headers = {name: Header(torch.bfloat16, shape) for name, shape in LARGE.items()}
+    opened, real = [], os.open
+    monkeypatch.setattr(glue.writer.os, "open",
+                        lambda file, flags, *mode: opened.append(flags) or real(file, flags, *mode))
+    with Writer(tmp_path, headers) as writer:
+        for name, tensor in tensors.items():
+            with Stream(writer.layout, name) as stream:
+                for part in tensor.reshape(-1).split(piece):
+                    stream.write(part)
+                writer.done({name: stream.close()})
+    assert sum(bool(flags & os.O_DIRECT) for flags in opened) == 3
+    assert all(torch.equal(Checkpoint(tmp_path)[name], tensor) for name, tensor in tensors.items())
+    assert writer.close() == weights_digest(Checkpoint(tmp_path))
+
+
+def test_a_file_system_without_direct_writes_gets_plain_ones(tmp_path, monkeypatch):
+    real = os.pwrite
+
+    def refusing(file: int, data, at: int) -> int:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(file, data, at)
+
+    monkeypatch.setattr(glue.writer.os, "pwrite", refusing)
+    numbers = torch.arange(2_000_003, dtype=torch.float32)
+    with Writer(tmp_path, {"w": Header(torch.float32, tuple(numbers.shape))}) as writer:
+        writer.write("w", numbers)
+    assert torch.equal(Checkpoint(tmp_path)["w"], numbers)

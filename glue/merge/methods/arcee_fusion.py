@@ -34,8 +34,8 @@ def edge(pieces: Glimpse) -> float:
     return median + 1.5 * (upper - lower)
 
 
-@merging.add("arcee_fusion", source="https://arcee.ai", space="weight", glance=edge, sees="rows", members=(2, 2),
-             idempotent={})
+@merging.add("arcee_fusion", version=2, source="https://arcee.ai", space="weight", glance=edge, sees="rows",
+             members=(2, 2), idempotent={})
 def arcee_fusion(leaf: Leaf) -> Tensor:
     """Take the second model's entries of an importance of at least median + 1.5 (upper - lower quartile).
 

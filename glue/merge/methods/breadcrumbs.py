@@ -49,7 +49,7 @@ def kept(leaf: Leaf, weight: Tensor) -> Tensor:
     return middle(leaf, below, above).mul_(weight * factor.to(weight))
 
 
-@merging.add("breadcrumbs", source="arXiv:2312.06795", space="delta", glance=ends, symmetric=True,
+@merging.add("breadcrumbs", version=2, source="arXiv:2312.06795", space="delta", glance=ends, symmetric=True,
              idempotent={"density": 1.0})
 def breadcrumbs(leaf: Leaf, *, weight: PerMember[float] = 1.0, density: PerMember[Share] = 1.0,
                 gamma: PerMember[Probability] = 0.01, normalize: bool = False, rescale: Rescale = "none",
@@ -65,7 +65,7 @@ def breadcrumbs(leaf: Leaf, *, weight: PerMember[float] = 1.0, density: PerMembe
     return (total.div_(whole(weight)) if normalize else total).mul_(lambda_)
 
 
-@merging.add("breadcrumbs_ties", source="arXiv:2312.06795", space="delta", glance=ends, symmetric=True,
+@merging.add("breadcrumbs_ties", version=2, source="arXiv:2312.06795", space="delta", glance=ends, symmetric=True,
              idempotent={"density": 1.0})
 def breadcrumbs_ties(leaf: Leaf, *, weight: PerMember[float] = 1.0, density: PerMember[Share] = 1.0,
                      gamma: PerMember[Probability] = 0.01, normalize: bool = False, rescale: Rescale = "none",

@@ -13,7 +13,7 @@ from torch import Tensor
 from glue.family import PerMember, Share
 from glue.merge import merging
 from glue.merge.combine import added
-from glue.merge.leaf import Leaf
+from glue.merge.leaf import CHANCES, Leaf, steps
 from glue.merge.parameters import whole
 from glue.merge.sparsify import keep_random, rescaling
 from glue.merge.target import Glimpse
@@ -24,8 +24,8 @@ Rescale = Literal["none", "share", "l1"]
 
 def factors(pieces: Glimpse, *, density: Tensor, rescale: str) -> Tensor:
     """What the kept entries of each member are multiplied by: [n, 1], fp64."""
-    if rescale == "share":
-        return 1 / density
+    if rescale == "share":  # of what the chance is in truth, so that the mean is what it should be
+        return density.clone().apply_(lambda share: CHANCES / steps(share))
     return rescaling(pieces, rescale, lambda leaf: keep_random(leaf, density))
 
 
@@ -34,7 +34,7 @@ def kept(leaf: Leaf, density: Tensor, weight: Tensor) -> Tensor:
     return keep_random(leaf, density).mul_(weight * leaf.seen.to(weight))
 
 
-@merging.add("dare_linear", source="arXiv:2311.03099", space="delta", glance=factors, symmetric=True,
+@merging.add("dare_linear", version=2, source="arXiv:2311.03099", space="delta", glance=factors, symmetric=True,
              idempotent={"density": 1.0}, unbiased={"density": 0.5, "rescale": "share"})
 def dare_linear(leaf: Leaf, *, weight: PerMember[float] = 1.0, density: PerMember[Share] = 1.0,
                 normalize: bool = False, rescale: Rescale = "share", lambda_: float = 1.0) -> Tensor:
@@ -48,7 +48,7 @@ def dare_linear(leaf: Leaf, *, weight: PerMember[float] = 1.0, density: PerMembe
     return (total.div_(whole(weight)) if normalize else total).mul_(lambda_)
 
 
-@merging.add("dare_ties", source="arXiv:2311.03099", space="delta", glance=factors, symmetric=True,
+@merging.add("dare_ties", version=2, source="arXiv:2311.03099", space="delta", glance=factors, symmetric=True,
              idempotent={"density": 1.0}, unbiased={"density": 0.5, "rescale": "share"})
 def dare_ties(leaf: Leaf, *, weight: PerMember[float] = 1.0, density: PerMember[Share] = 1.0,
               normalize: bool = False, rescale: Rescale = "share", lambda_: float = 1.0) -> Tensor:

@@ -50,7 +50,7 @@ def kept(leaf: Leaf, density: Tensor, epsilon: Tensor, weight: Tensor, rescale: 
     return left.mul_(weight * leaf.seen.to(weight).reshape(weight.shape))
 
 
-@merging.add("della", source="arXiv:2406.11617", space="delta", glance=factors, sees="rows",
+@merging.add("della", version=2, source="arXiv:2406.11617", space="delta", glance=factors, sees="rows",
              symmetric=True, idempotent={"density": 1.0},
              unbiased={"density": 0.5, "epsilon": 0.25, "normalize": False, "rescale": "share"})
 def della(leaf: Leaf, *, weight: PerMember[float] = 1.0, density: PerMember[Share] = 1.0,
@@ -66,7 +66,7 @@ def della(leaf: Leaf, *, weight: PerMember[float] = 1.0, density: PerMember[Shar
     return agreed(kept(leaf, density, epsilon, weight, rescale), weight, normalize).mul_(lambda_)
 
 
-@merging.add("della_linear", source="arXiv:2406.11617", space="delta", glance=factors, sees="rows",
+@merging.add("della_linear", version=2, source="arXiv:2406.11617", space="delta", glance=factors, sees="rows",
              symmetric=True, idempotent={"density": 1.0},
              unbiased={"density": 0.5, "epsilon": 0.25, "rescale": "share"})
 def della_linear(leaf: Leaf, *, weight: PerMember[float] = 1.0, density: PerMember[Share] = 1.0,

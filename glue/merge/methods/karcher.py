@@ -49,7 +49,8 @@ def shares(pieces: Glimpse, *, max_iter: int, tol: float) -> Tensor:
     return length.mean() * mean * unit
 
 
-@merging.add("karcher", source="arXiv:2603.04972", space="weight", glance=shares, symmetric=True, idempotent={})
+@merging.add("karcher", version=2, source="arXiv:2603.04972", space="weight", glance=shares, symmetric=True,
+             idempotent={})
 def karcher(leaf: Leaf, *, max_iter: Natural = 10, tol: Positive = 1e-5) -> Tensor:
     """Scale the Karcher mean of the members' directions, each of the flattened tensor, to their mean length.
 

@@ -37,7 +37,7 @@ def flattened(pieces: Glimpse, *, filter_wise: bool) -> float | None:
     return None if filter_wise else float(share(gram(pieces)))
 
 
-@merging.add("model_stock", source="arXiv:2403.19522", space="delta", glance=flattened, members=(2, None),
+@merging.add("model_stock", version=2, source="arXiv:2403.19522", space="delta", glance=flattened, members=(2, None),
              sees=lambda name, shape, params: "rows" if params["filter_wise"] else "pieces", symmetric=True,
              idempotent={})
 def model_stock(leaf: Leaf, *, filter_wise: bool = False) -> Tensor:

@@ -28,8 +28,8 @@ def shares(pieces: Glimpse, *, weight: Tensor, normalize_weights: bool, eps: flo
     return weight if mean < eps else scaled * ((weight * length).sum() / mean)
 
 
-@merging.add("multislerp", source="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea", space="delta",
-             base="optional", glance=shares, symmetric=True, idempotent={})
+@merging.add("multislerp", version=2, source="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+             space="delta", base="optional", glance=shares, symmetric=True, idempotent={})
 def multislerp(leaf: Leaf, *, weight: PerMember[float] = 1.0, normalize_weights: bool = True,
                eps: Positive = 1e-8) -> Tensor:
     """Average directions and lengths apart: (sum_i w_i |x_i|) m / |m|, with m = sum_i w_i x_i / |x_i|.

@@ -38,8 +38,8 @@ def sees(name: str, shape: tuple[int, ...], params: Mapping[str, Any]) -> Sees:
     return "pieces" if params["nuslerp_flatten"] else "whole" if params["nuslerp_row_wise"] and shape else "rows"
 
 
-@merging.add("nuslerp", source="mergekit", space="delta", base="optional", glance=flattened, sees=sees, members=(2, 2),
-             symmetric=True, idempotent={})
+@merging.add("nuslerp", version=2, source="mergekit", space="delta", base="optional", glance=flattened, sees=sees,
+             members=(2, 2), symmetric=True, idempotent={})
 def nuslerp(leaf: Leaf, *, weight: PerMember[float] = 1.0, nuslerp_row_wise: bool = False,
             nuslerp_flatten: bool = True) -> Tensor:
     """Go the share t = w_2 / (w_1 + w_2) of the arc: (sin((1-t)a) x + sin(ta) y) / sin(a), a the angle of directions.

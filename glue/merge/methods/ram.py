@@ -21,7 +21,7 @@ def changed(leaf: Leaf, epsilon: float) -> tuple[Tensor, Tensor]:
     return touched, summed(touched)
 
 
-@merging.add("ram", source="arXiv:2601.13572", space="delta", symmetric=True, idempotent={"epsilon": 0.0})
+@merging.add("ram", version=2, source="arXiv:2601.13572", space="delta", symmetric=True, idempotent={"epsilon": 0.0})
 def ram(leaf: Leaf, *, epsilon: NonNegative = 1e-5) -> Tensor:
     """Average over the members that changed an entry: sum_i d_i [|d_i| > epsilon] / sum_i [|d_i| > epsilon].
 
@@ -46,7 +46,7 @@ def _ones(marks: Tensor) -> Tensor:
     return torch.tensor([int(row.count_nonzero()) for row in marks], dtype=torch.float64)
 
 
-@merging.add("ramplus_tl", source="arXiv:2601.13572", space="delta", glance=boost, symmetric=True,
+@merging.add("ramplus_tl", version=2, source="arXiv:2601.13572", space="delta", glance=boost, symmetric=True,
              idempotent={"epsilon": 0.0})
 def ramplus_tl(leaf: Leaf, *, r: NonNegative = 0.1, alpha: NonNegative = 0.2, epsilon: NonNegative = 1e-5) -> Tensor:
     """Average as RAM does, and enlarge what a member alone changed by up to 1 + r alpha, tensor by tensor.

@@ -62,7 +62,7 @@ def _square(delta: Tensor) -> float:
     return float(np.multiply(numbers, numbers, out=numbers).sum())
 
 
-@merging.add("sce", source="arXiv:2408.07990", space="delta", glance=weighed, symmetric=True,
+@merging.add("sce", version=2, source="arXiv:2408.07990", space="delta", glance=weighed, symmetric=True,
              idempotent={"select_topk": 1.0})
 def sce(leaf: Leaf, *, select_topk: Share = 1.0) -> Tensor:
     """Average what has the sign s of the sum, where members vary most: sum_i w_i d_i [s_i = s] / sum_i w_i [s_i = s].

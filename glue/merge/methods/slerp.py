@@ -23,7 +23,8 @@ def angle(pieces: Glimpse) -> float:
     return 0.0 if abs(cosine) > COLINEAR else acos(cosine)
 
 
-@merging.add("slerp", source="doi:10.1145/325334.325242", space="weight", glance=angle, members=(2, 2), idempotent={})
+@merging.add("slerp", version=2, source="doi:10.1145/325334.325242", space="weight", glance=angle, members=(2, 2),
+             idempotent={})
 def slerp(leaf: Leaf, *, t: Probability = 0.5) -> Tensor:
     """Go from the first model (t = 0) to the second (t = 1) along an arc: (sin((1-t)a) x + sin(ta) y) / sin(a).
 

@@ -26,7 +26,7 @@ def largest(pieces: Glimpse, *, density: Tensor, rescale: str) -> tuple[Cut, Ten
     return edges, rescaling(pieces, rescale, lambda leaf: keep_largest(leaf, edges))
 
 
-@merging.add("ties", source="arXiv:2306.01708", space="delta", glance=largest, symmetric=True,
+@merging.add("ties", version=2, source="arXiv:2306.01708", space="delta", glance=largest, symmetric=True,
              idempotent={"density": 1.0})
 def ties(leaf: Leaf, *, weight: PerMember[float] = 1.0, density: PerMember[Share] = 1.0, normalize: bool = True,
          rescale: Literal["none", "l1"] = "none", scope: Literal["tensor", "model"] = "tensor",
