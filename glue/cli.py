@@ -59,13 +59,14 @@ def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
         workers: Annotated[int | None, typer.Option(help="Processes; default: one a core, at most 4.")] = None,
         threads: Annotated[int, typer.Option(help="Threads of each process; more than one may change last bits.")] = 1,
         full: Annotated[bool, typer.Option(help="Run with each seed of the recipe's `full`; write boards.")] = False,
+        on: Annotated[str, typer.Option(help="Where workers run: here or ray.")] = "here",
         quiet: Quiet = False, as_json: Json = False) -> None:
     """Make everything a recipe asks for; what exists already is not made again."""
     from glue.board import leaderboard
     from glue.recipe import read_recipe
     from glue.run import run as make
-    from glue.show import print_board, progress, write_boards
-    from glue.workers import Workers
+    from glue.show.boards import print_board, write_boards
+    from glue.show.terminal import progress
 
     seeds = read_recipe(recipe).full_seeds if full else (seed,)
     if not seeds:
@@ -73,7 +74,7 @@ def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
     plans = []
     for one in seeds:
         read, found = read_recipe(recipe, seed=one), _zoo(zoo)
-        with Workers(_cores() if workers is None else workers, threads) as pool, progress(quiet) as watcher:
+        with _workers(on, workers, threads) as pool, progress(quiet) as watcher:
             plans.append(make(read, found, pool, watcher))
         if read.board:
             print_board(leaderboard(plans[-1]), as_json)
@@ -90,7 +91,7 @@ def plan(recipe: Annotated[Path, typer.Argument(help="A recipe, or a merge confi
     from glue.orders import Settings, orders
     from glue.plan import make_plan
     from glue.recipe import read_recipe
-    from glue.show import print_orders, print_plan
+    from glue.show.plans import print_orders, print_plan
 
     if is_config(recipe):
         settings = Settings(seed or 0, lenient=lenient, untie=untie)
@@ -115,7 +116,8 @@ def merge(config: Annotated[Path, typer.Argument(help="A config of mergekit, or 
     """Merge models as a YAML of mergekit says, unmodified. A merge that was killed goes on where it was."""
     from glue.merges import merge_file, size
     from glue.orders import Settings
-    from glue.show import bar, print_merged
+    from glue.show.plans import print_merged
+    from glue.show.terminal import bar
 
     settings = Settings(seed, dtype, out_dtype, size(shard_size), device, allow_nan, lenient, untie, overwrite)
     with bar(quiet or as_json) as report:
@@ -132,7 +134,7 @@ def board(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None, as_json: J
     from glue.files import write_aside
     from glue.plan import make_plan
     from glue.recipe import read_recipe
-    from glue.show import print_board
+    from glue.show.boards import print_board
 
     found = leaderboard(make_plan(read_recipe(recipe, seed=seed), _zoo(zoo)))
     print_board(found, as_json)
@@ -147,7 +149,8 @@ def evaluate(members: Annotated[list[str], typer.Argument(help="Names, or tag:x.
     """Measure members on a suite with lm-eval, and show the table. The same as a recipe with one evaluate line."""
     from glue.board import plain
     from glue.once import step
-    from glue.show import print_board, progress
+    from glue.show.boards import print_board
+    from glue.show.terminal import progress
     from glue.workers import Workers
 
     with Workers(_cores() if workers is None else workers) as pool, progress(quiet) as watcher:
@@ -172,7 +175,7 @@ def generate(member: str, prompt: str, zoo: ZooFile = HERE,
 def methods(family: Annotated[str | None, typer.Argument(help="merging, routing, searching, teaching, steps.")] = None,
             as_json: Json = False) -> None:
     """List everything that can be chosen in a recipe, with its parameters."""
-    from glue.show import print_methods
+    from glue.show.methods import print_methods
 
     print_methods(family, as_json)
 
@@ -198,7 +201,7 @@ def init(folder: Annotated[Path, typer.Argument(help="Where the new zoo shall be
 def zoo_list(selector: Annotated[str | None, typer.Argument(help="tag:x or a name.")] = None, zoo: ZooFile = HERE,
              as_json: Json = False) -> None:
     """List the newest version of every member."""
-    from glue.show import print_members
+    from glue.show.zoo import print_members
 
     found = _zoo(zoo)
     print_members(found.select(selector) if selector else list(found), as_json)
@@ -207,13 +210,51 @@ def zoo_list(selector: Annotated[str | None, typer.Argument(help="tag:x or a nam
 @zoo_app.command()
 def show(name: str, zoo: ZooFile = HERE, as_json: Json = False) -> None:
     """Show one member: where it is, what it came from, its versions."""
-    from glue.show import print_member
+    from glue.show.zoo import print_member
 
     found = _zoo(zoo)
     member = found[name]
     with suppress(GlueError):  # one that is not on this machine has no digest, and all else can be told
         member = found.identified(member)
     print_member(member, found.versions(name.partition("@")[0]), as_json)
+
+
+@zoo_app.command()
+def atlas(selector: Annotated[str | None, typer.Argument(help="tag:x, a group or a name; default: everything.")] = None,
+          base: Annotated[str | None, typer.Option(help="Measure changes from this member.")] = None,
+          threshold: Annotated[float, typer.Option(help="Of the cosine, for families.")] = 0.95,
+          linkage: Annotated[str, typer.Option(help="leader, single, average, complete.")] = "average",
+          part: Annotated[str, typer.Option(help="all, attention, mlp.")] = "all",
+          twins: Annotated[bool, typer.Option("--twins", help="Look for twins hidden by permutation too.")] = False,
+          picture: Annotated[Path | None, typer.Option(help="Draw it: atlas.svg, or atlas.png.")] = None,
+          zoo: ZooFile = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
+    """Tell from weights which members belong together, what they come from, and which pairs can be merged."""
+    from glue.atlas import atlas as look
+    from glue.report.atlas import picture as drawn
+    from glue.report.drawing import check, save
+    from glue.show.terminal import passes
+    from glue.show.zoo import print_atlas
+
+    if picture:
+        check(picture)
+    found = look(_zoo(zoo), selector, base=base, threshold=threshold, linkage=linkage, part=part,  # type: ignore[arg-type]
+                 twins=twins, progress=passes(quiet or as_json))
+    if picture:
+        save(drawn(found), picture)
+    print_atlas(found, as_json)
+
+
+@zoo_app.command("align")
+def zoo_align(member: str, out: Annotated[Path, typer.Argument(help="The folder to make.")],
+              to: Annotated[str, typer.Option(help="Its twin, whose order it shall have.")], zoo: ZooFile = HERE,
+              as_json: Json = False) -> None:
+    """Write a member with its neurons and heads in the order of its twin: the same function, now mergeable."""
+    from glue.align import align
+
+    done = align(_zoo(zoo), member, to, out)
+    print(json.dumps(done, indent=1) if as_json else
+          f"{out}: {member} in the order of {to}; cosine {done['cosine_before']:.4f} before, "
+          f"{done['cosine_after']:.4f} now\nglue zoo add {out}  adds it to the zoo")
 
 
 @zoo_app.command()
@@ -261,7 +302,7 @@ def gc(zoo: ZooFile = HERE,
        yes: Annotated[bool, typer.Option("--yes", help="Really delete; without it, only tell.")] = False) -> None:
     """Find folders of products that no member refers to, and older versions nothing depends on; --yes deletes them."""
     from glue.care import unreferenced
-    from glue.show import human
+    from glue.show.terminal import human
 
     found = unreferenced(_zoo(zoo), delete=yes)
     for folder, size in found:
@@ -279,6 +320,21 @@ def _zoo(file: Path) -> Any:
 def _zoo_or_none(file: Path) -> Any:
     """The zoo where there is one: a merge config can do without."""
     return _zoo(file) if file.exists() or file != HERE else None
+
+
+def _workers(on: str, number: int | None, threads: int) -> Any:
+    """Processes here, or actors on Ray."""
+    from glue.errors import RunError, did_you_mean
+    from glue.workers import Workers
+
+    if on not in ("here", "ray"):
+        raise RunError(f"there are no workers on '{on}'{did_you_mean(on, ('here', 'ray'))}", fix="--on here or --on ray")
+    number = _cores() if number is None else number
+    if on == "here":
+        return Workers(number, threads)
+    from glue.workers_ray import RayWorkers
+
+    return RayWorkers(number, threads)
 
 
 def _cores() -> int:

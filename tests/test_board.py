@@ -13,7 +13,7 @@ from glue.errors import GlueError
 from glue.member import Member, Origin, Score, Table
 from glue.plan import Plan, Task
 from glue.recipe import read_recipe
-from glue.show import board_data
+from glue.show.boards import board_data
 from glue.zoo import Zoo
 
 RECIPE = """

@@ -15,7 +15,7 @@ from glue.member import FOLDER_NOTE
 from glue.plan import Plan, make_plan
 from glue.recipe import read_recipe
 from glue.run import run
-from glue.show import plan_rows
+from glue.show.plans import plan_rows
 from glue.workers import Workers
 from glue.writer import Writer
 from glue.zoo import Zoo

@@ -1,0 +1,1 @@
+"""What people see in a terminal: progress, plans, boards, members, methods. Nothing else uses rich."""

@@ -1,0 +1,109 @@
+"""Plans of recipes and of merge configs, and what a merge has done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table as Grid
+
+from glue.family import families
+from glue.hub import locate
+from glue.merges import order_row
+from glue.orders import Order
+from glue.plan import Plan, Task
+from glue.show.terminal import console, human
+
+STATES = {"done": "green", "alias": "green", "ready": "yellow", "waiting": "dim", "deferred": "dim"}
+
+
+def print_plan(plan: Plan, as_json: bool) -> None:
+    """The tasks of a plan: state, inputs with their size, place of the product."""
+    rows = plan_rows(plan)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    grid = Grid(title=f"{plan.recipe.name}: {plan.recipe.about}", title_justify="left", box=None, pad_edge=False)
+    for heading in ("state", "step", "makes", "reads", "writes"):
+        grid.add_column(heading, overflow="fold")
+    for row in rows:
+        colour = STATES[row["state"]]
+        reads = f"{len(row['inputs'])} members, {human(row['bytes_read'])}" if row["bytes_read"] else ""
+        why = f" ({row['why']})" if row["why"] else ""
+        writes = f"{row['folder']}, {human(row['bytes_written'])}" if row["bytes_written"] else row["folder"]
+        grid.add_row(f"[{colour}]{row['state']}[/]", row["step"], escape(row["name"] + why), reads, writes)
+    console().print(grid)
+    done = sum(task.state in ("done", "alias") for task in plan)
+    rest = "" if plan.done else f"; glue run {plan.recipe.file} makes the rest"
+    print(f"{done} of {len(rows)} tasks are done{rest}")
+
+
+def print_orders(orders: Sequence[Order], as_json: bool) -> None:
+    """What a merge config will do: each output with its method, models, sizes, memory and time; and the notes."""
+    rows = [order_row(order) for order in orders]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    grid = Grid(box=None, pad_edge=False)
+    for heading in ("makes", "by", "tensors", "reads", "writes", "memory", "time"):
+        grid.add_column(heading, overflow="fold")
+    for row in rows:
+        reads = f"{len(row['models'])} models, {human(row['bytes_read'])}"
+        time = "" if row["seconds"] is None else f"~{max(1, round(row['seconds']))} s"
+        tensors, memory = str(row["tensors"] or ""), human(row["bytes_memory"]) if row["bytes_memory"] else ""
+        grid.add_row(escape(row["out"]), escape(row["method"]), tensors, reads, human(row["bytes_written"]), memory,
+                     time)
+    console().print(grid)
+    for row in rows:
+        for note in row["notes"]:
+            print(f"note: {note}")
+        if row["through"]:
+            print(f"{row['out']} goes through mergekit: {row['through']}")
+
+
+def print_merged(done: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """What `glue merge` has done."""
+    if as_json:
+        print(json.dumps({**done[-1], "stages": list(done[:-1])}, indent=1))
+        return
+    for each in done:
+        for note in each["notes"]:
+            print(f"note: {note}")
+        if each["made"]:
+            print(f"{each['out']}: {each['method']}, {human(each['bytes_written'])} in "
+                  f"{each['seconds']['merge']:.1f} s, weights {each['digest'][:16]}")
+        else:
+            print(f"{each['out']} is there already, made of the same")
+        if each["kept"]:
+            print(f"what was there is now {each['kept']}")
+
+
+def plan_rows(plan: Plan) -> list[dict[str, Any]]:
+    """Every task of a plan as plain data: its state and why, its inputs, bytes to read and to write, its folder."""
+    return [_told(task, plan) for task in plan]
+
+
+def _told(task: Task, plan: Plan) -> dict[str, Any]:
+    why = ""
+    if task.state == "deferred":
+        why = f"x {task.waits_for[0].rsplit('/', 1)[-1]}, decided after that step"
+    elif task.state == "waiting":
+        names = [name.removeprefix(f"{plan.recipe.name}/") for name in task.waits_for]
+        why = "after " + ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    folder = task.member.path if task.member else str(task.folder(plan.zoo)) if task.origin else ""
+    root = str(plan.zoo.file.parent) + "/"
+    sizes = {member: _size(member.path) for member in task.inputs} if task.state == "ready" else {}
+    models = [size for member, size in sizes.items() if member.kind != "dataset"] or [0]
+    writes = families("steps")[task.step].traits.get("writes") if task.choice else None
+    return {"name": task.name, "step": task.step, "state": task.state, "why": why,
+            "inputs": [member.version for member in task.inputs],
+            "bytes_read": sum(sizes.values()),
+            "bytes_written": {"one": max(models), "all": sum(models)}.get(writes or "", 0),
+            "folder": folder.removeprefix(root)}
+
+
+def _size(path: str) -> int:
+    folder = locate(path)
+    return sum(file.stat().st_size for file in folder.glob("*") if file.is_file()) if folder.is_dir() else 0

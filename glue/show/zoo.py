@@ -1,0 +1,97 @@
+"""Members, one or many, and the atlas of a zoo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table as Grid
+
+from glue.member import Member
+from glue.show.terminal import console
+
+if TYPE_CHECKING:
+    from glue.atlas import Atlas
+
+VERDICTS = {"merge": "green", "merge with care": "yellow", "do not merge": "dim"}
+SHOWN = 20  # pairs of an atlas that a terminal shows
+
+
+def print_members(members: Sequence[Member], as_json: bool) -> None:
+    """Members, one a line."""
+    if as_json:
+        print(json.dumps([as_data(member) for member in members], indent=1))
+        return
+    grid = Grid(box=None, pad_edge=False)
+    for heading in ("name", "kind", "made by", "tags", "note"):
+        grid.add_column(heading, overflow="fold")
+    for member in members:
+        step = member.origin.step if member.origin else ""
+        grid.add_row(escape(member.name), member.kind, step, ", ".join(sorted(member.tags)), escape(member.note))
+    console().print(grid)
+
+
+def as_data(member: Member) -> dict[str, Any]:
+    """A member as plain data."""
+    return {"name": member.name, "kind": member.kind, "path": member.path, "tags": sorted(member.tags),
+            "digest": member.digest, "base": member.base.name if member.base else None, "licence": member.licence,
+            "note": member.note, "seen": sorted(member.seen),
+            "origin": member.origin.as_dict() if member.origin else None,
+            "elements": [{"name": item.name, "root": item.root.name if item.root else None,
+                          "members": [one.name for one in item.members]} for item in member.elements]}
+
+
+def print_member(member: Member, versions: Sequence[Member], as_json: bool) -> None:
+    """One member with its origin and versions."""
+    if as_json:
+        print(json.dumps({**as_data(member), "versions": [one.version for one in versions]}, indent=1))
+        return
+    out = console()
+    out.print(f"[bold]{escape(member.name)}[/]  {member.kind}  [dim]{member.digest}[/]")
+    out.print(escape(member.path))
+    for label, value in (("note", member.note), ("tags", ", ".join(sorted(member.tags))), ("licence", member.licence),
+                         ("derives from", " <- ".join(one.name for one in member.lineage()))):
+        if value:
+            out.print(f"{label}: {escape(value)}")
+    for item in member.elements:
+        root = f" (root {item.root.name})" if item.root else ""
+        out.print(f"  {item.name}{root}: {', '.join(one.name for one in item.members)}")
+    if member.origin:
+        out.print(f"made by {member.origin.step}, seed {member.origin.seed}, from")
+        for role, names in member.origin.names.items():
+            out.print(f"  {role}: {escape(', '.join(names))}")
+        out.print(f"with {escape(json.dumps(member.origin.params))}")
+        out.print(f"[dim]{escape(json.dumps(dict(member.origin.made_with)))}[/]")
+    if len(versions) > 1:
+        out.print("versions, oldest first: " + ", ".join(one.version for one in versions))
+
+
+def print_atlas(found: Atlas, as_json: bool) -> None:
+    """Families with their roots, how many pairs have each verdict, and the pairs that are worth a look."""
+    if as_json:
+        print(json.dumps(found.data(), indent=1))
+        return
+    out = console()
+    grid = Grid(title=f"{len(found.names)} members, families by {found.linkage} linkage above {found.threshold:g}",
+                title_justify="left", box=None, pad_edge=False)
+    for heading in ("root", "which is", "size", "members"):
+        grid.add_column(heading, overflow="fold")
+    for family in sorted(found.families, key=lambda family: -len(family.members)):
+        grid.add_row(f"[bold]{escape(family.root)}[/]", escape(family.why), str(len(family.members)),
+                     escape(", ".join(family.members)))
+    out.print(grid)
+    out.print("\npairs: " + ", ".join(f"[{VERDICTS[word]}]{word} {count}[/]" for word, count in found.counts().items()))
+    look = found.worth_a_look()
+    grid = Grid(title="\nworth a look", title_justify="left", box=None, pad_edge=False)
+    for heading in ("", "", "cosine", "verdict", "why"):
+        grid.add_column(heading, overflow="fold")
+    for pair in look[:SHOWN]:
+        told = f"[{VERDICTS[pair.verdict.word]}]{pair.verdict.word}[/]", escape(pair.verdict.reason)
+        grid.add_row(escape(pair.one), escape(pair.other), f"{pair.facts.cosine:.3f}", *told)
+    if look:
+        out.print(grid)
+    if len(look) > SHOWN:
+        print(f"and {len(look) - SHOWN} more; --json tells of every pair")
+    print("", *found.remarks(), sep="\n")
