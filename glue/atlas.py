@@ -153,15 +153,14 @@ def atlas(zoo: Zoo, selector: str | None = None, *, base: str | None = None, thr
     progress   wraps the names of the tensors of each pass
     Raises ZooError where fewer than two members can be looked at, and for words and numbers that mean nothing.
     """
-    for told, word, known in (("linkage", linkage, get_args(Linkage)), ("part", part, get_args(Part))):
-        if word not in known:
-            raise ZooError(f"there is no {told} '{one_line(word)}'{did_you_mean(word, known)}")
+    known_word("linkage", linkage, get_args(Linkage))
+    known_word("part", part, get_args(Part))
     if not -1 <= threshold < 1:
         raise ZooError(f"a threshold of {threshold:g} separates nothing: cosines lie between -1 and 1",
                        fix="the paper's is 0.95")
     if base is not None:
         weights(zoo[base])  # raises where there is no such member, before anything is read
-    sights, left_out, notes = _sights(zoo, selector, part)
+    sights, left_out, notes = looked_at(zoo, selector, part)
     if len(sights) < 2:
         told = "".join(f"\n  {name}: {why}" for name, why in left_out.items())
         raise ZooError(f"an atlas needs two models or adapters, and {len(sights)} can be read{told}",
@@ -186,6 +185,12 @@ def atlas(zoo: Zoo, selector: str | None = None, *, base: str | None = None, thr
                  (*notes, *_doubts(sights, alike)))
 
 
+def known_word(what: str, word: str, known: Sequence[str]) -> None:
+    """Raise ZooError for a word that is not one of those known."""
+    if word not in known:
+        raise ZooError(f"there is no {what} '{one_line(word)}'{did_you_mean(word, known)}")
+
+
 # --- what is there ----------------------------------------------------------------------------------------------------
 
 def sight(member: Member, known: dict[str, Mapping[str, int]] | None = None) -> Sight:
@@ -199,7 +204,7 @@ def sight(member: Member, known: dict[str, Mapping[str, int]] | None = None) -> 
     return Sight(member, found, Build(config_json(folder, member.name), shapes, _tokens(folder, known or {})))
 
 
-def _sights(zoo: Zoo, selector: str | None, part: Part) -> tuple[list[Sight], dict[str, str], list[str]]:
+def looked_at(zoo: Zoo, selector: str | None, part: Part) -> tuple[list[Sight], dict[str, str], list[str]]:
     """(members that can be compared, name -> why another cannot, notes)."""
     chosen: list[Member] = []
     for member in zoo.select(selector) if selector else zoo:

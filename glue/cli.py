@@ -244,6 +244,20 @@ def atlas(selector: Annotated[str | None, typer.Argument(help="tag:x, a group or
     print_atlas(found, as_json)
 
 
+@zoo_app.command("near")
+def zoo_near(member: str, selector: Annotated[str | None, typer.Argument(help="Of whom; default: everyone.")] = None,
+             base: Annotated[str | None, typer.Option(help="Compare changes from this member.")] = None,
+             part: Annotated[str, typer.Option(help="all, attention, mlp.")] = "all",
+             zoo: ZooFile = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
+    """Tell who is most like a member, from sketches that are kept: seconds, however many there are."""
+    from glue.near import near
+    from glue.show.terminal import passes
+    from glue.show.zoo import print_near
+
+    print_near(member, near(_zoo(zoo), member, selector, base=base, part=part,  # type: ignore[arg-type]
+                            progress=passes(quiet or as_json)), as_json)
+
+
 @zoo_app.command("align")
 def zoo_align(member: str, out: Annotated[Path, typer.Argument(help="The folder to make.")],
               to: Annotated[str, typer.Option(help="Its twin, whose order it shall have.")], zoo: ZooFile = HERE,
@@ -328,7 +342,8 @@ def _workers(on: str, number: int | None, threads: int) -> Any:
     from glue.workers import Workers
 
     if on not in ("here", "ray"):
-        raise RunError(f"there are no workers on '{on}'{did_you_mean(on, ('here', 'ray'))}", fix="--on here or --on ray")
+        raise RunError(f"there are no workers on '{on}'{did_you_mean(on, ('here', 'ray'))}",
+                       fix="--on here, or --on ray")
     number = _cores() if number is None else number
     if on == "here":
         return Workers(number, threads)

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +25,11 @@ from glue.evaluate.suite import Suite, Task
 from glue.kinds import load
 from glue.kinds.frame import copy_frame
 from glue.kinds.model import Skeleton, assembled
-from glue.member import FOLDER_NOTE, Member, Table
+from glue.member import FOLDER_NOTE, Member, Table, canonical
 from glue.merge import merging
 from glue.merge.variants import Variants, marks
 from glue.merge.write import write
-from glue.plan import make_plan
+from glue.plan import Plan, make_plan
 from glue.recipe import read_recipe
 from glue.run import run
 from glue.search.candidate import Candidate
@@ -80,7 +82,7 @@ def weights_of(running) -> dict[str, torch.Tensor]:
 
 def written(ground: Ground, candidate: Candidate, folder: Path) -> Member:
     """The merge as the search step would write it."""
-    write(ground.variants().merge(ground.setting(candidate)), folder, sync=False)
+    write(ground.variants().merge(ground.setting(candidate)), folder)
     copy_frame(ground.frame, folder)
     return Member(folder.name, "model", str(folder))
 
@@ -137,6 +139,17 @@ def test_a_member_without_weight_is_as_if_it_were_not_there(ground):
     by_two = few.merge(lambda _: {"weight": {"m1": 0.5, "m2": 0.25}})
     by_three = found.variants().merge(found.setting(Candidate.merge({"m1": 0.5, "m2": 0.25, "m3": 0.0})))
     assert all(by_two.tensor(name).equal(by_three.tensor(name)) for name in by_two.targets)
+
+
+def test_a_member_may_be_the_base_itself(ground):
+    found = ground("linear")
+    found = replace(found, members=(found.base, *found.members))
+    one = found.variants().merge(found.setting(Candidate.merge({found.base.name: 1.0})))
+    both = found.variants().merge(found.setting(Candidate.merge({found.base.name: 0.5, "m1": 0.5})))
+    base, other = Checkpoint(found.base.path), Checkpoint(found.member("m1").path)
+    for name in base:
+        assert one.tensor(name).equal(base[name])
+        torch.testing.assert_close(both.tensor(name), (base[name] + other[name]) / 2)
 
 
 def test_parameters_by_member_of_the_recipe_stay_with_their_members(ground):
@@ -250,19 +263,29 @@ RECIPE = """steps:
   - {as: unseen, step: evaluate, members: [found, m1], suite: own.yaml:test}
 board: {table: scored}
 """
+SEARCHES = """steps:
+  - {as: found, step: search, members: [m0, m1, m2, m3], suite: own.yaml:dev, budget: 60, merge: linear,
+     strategy: paper}
+  - {as: raced, step: search, members: [m0, m1, m2, m3], base: m0, suite: own.yaml:dev, budget: 60,
+     strategy: {racing: {min_gain: 0.1}}}
+  - {as: evolved, step: search, members: [m0, m1, m2, m3], base: m0, suite: own.yaml:dev, budget: 40, merge: ties,
+     strategy: {evolve: {prove: false, groups: 2}}}
+"""
 SUITE = "tasks:\n  things: {data: asked, output: choice, metric: acc, chance: 0.5}\n"
+Answers = dict[tuple[str, int], float]  # (candidate, item) -> result
 
 
 @pytest.fixture
 def place(tiny, tmp_path):
-    """place("here") is a folder with a zoo of four models, a suite, and a recipe that searches."""
+    """place("here") is a folder with a zoo of four models, a suite, and a recipe; m3 is made from m2."""
     members = [tiny(f"m{k}", seed=k) for k in range(4)]
     data = questions(tmp_path / "asked")
 
     def make(name: str, steps: str = RECIPE) -> Path:
         folder = tmp_path / name
         folder.mkdir()
-        lines = [f"  {member.name}: {{path: {member.path}}}\n" for member in members]
+        lines = [f"  {member.name}: {{path: {member.path}{', base: m2' if member.name == 'm3' else ''}}}\n"
+                 for member in members]
         (folder / "zoo.yaml").write_text(f"members:\n{''.join(lines)}  asked: {{path: {data.path}, kind: dataset}}\n"
                                          "include: zoo/members.yaml\n")
         (folder / "own.yaml").write_text(SUITE)
@@ -272,82 +295,135 @@ def place(tiny, tmp_path):
     return make
 
 
-SEARCH_ONLY = RECIPE.split("  - {as: scored")[0]
-
-
-def searched(folder: Path, workers: Workers):
+def searched(folder: Path, workers: Workers) -> Plan:
     with workers:
-        plan = run(read_recipe(folder / "r.yaml"), Zoo(folder / "zoo.yaml"), workers)
-    return plan, journal_of(plan["found"])
+        return run(read_recipe(folder / "r.yaml"), Zoo(folder / "zoo.yaml"), workers)
 
 
-def journal_of(member: Member) -> dict[str, list]:
-    """Everything that was measured: candidate and items -> results. Fails where something was measured twice."""
-    lines = [json.loads(line) for line in (Path(member.path) / JOURNAL).read_text().splitlines()]
-    found = {json.dumps([line["candidate"], line["items"]]): line["results"] for line in lines}
-    assert len(found) == len(lines)
+def told(plan: Plan) -> dict[str, tuple[str, Answers]]:
+    """Search -> digest of what it found, and everything that it measured."""
+    return {task.name: (task.member.digest, measured(task.folder(plan.zoo))) for task in plan}
+
+
+def measured(folder: Path) -> Answers:
+    """What a journal says, in no order. Fails where an answer was asked for twice."""
+    found: Answers = {}
+    for line in map(json.loads, (folder / JOURNAL).read_text().splitlines()):
+        items = range(ITEMS) if line["items"] == "all" else line["items"]
+        for item, result in zip(items, line["results"], strict=True):
+            assert (canonical(line["candidate"]), item) not in found
+            found[canonical(line["candidate"]), item] = result
     return found
 
 
-@pytest.mark.parametrize("number", [1, 2, 4])
-def test_any_number_of_workers_finds_the_same(number, place):
-    alone, told = searched(place("alone", SEARCH_ONLY), Workers(0))
-    several, told_too = searched(place("several", SEARCH_ONLY), Workers(number))
-    assert several["found"].digest == alone["found"].digest and " + " in alone["found"].note
-    assert told == told_too and len(told) > 20
+def test_any_number_of_workers_finds_the_same(place):
+    alone = told(searched(place("alone", SEARCHES), Workers(0)))
+    assert all(len({candidate for candidate, _ in answers}) > 20 for _, answers in alone.values())
+    assert len(alone["r/raced"][1]) < ITEMS * len({candidate for candidate, _ in alone["r/raced"][1]})
+    for number in (1, 2, 4):
+        assert told(searched(place(f"by-{number}", SEARCHES), Workers(number))) == alone
 
 
 @pytest.mark.slow
-def test_ray_finds_the_same(place):
+def test_any_number_of_workers_on_ray_finds_the_same(place):
     from glue.workers_ray import RayWorkers
 
-    alone, told = searched(place("alone", SEARCH_ONLY), Workers(0))
-    spread, told_too = searched(place("spread", SEARCH_ONLY), RayWorkers(2))
-    assert spread["found"].digest == alone["found"].digest and told == told_too
+    alone = told(searched(place("alone", SEARCHES), Workers(0)))
+    for number in (1, 2, 4):
+        assert told(searched(place(f"on-{number}", SEARCHES), RayWorkers(number))) == alone
 
 
-def test_a_search_that_is_killed_measures_nothing_twice_and_finds_the_same(place):
-    calm, told = searched(place("calm", SEARCH_ONLY), Workers(0))
-    struck = place("struck", SEARCH_ONLY)
-    process = start(struck)
-    wait_for(struck, random.Random(os.getpid()).randrange(1, len(told) - 5))
-    os.kill(process.pid, signal.SIGKILL)
+COUNTED = """
+import os
+import signal
+
+from glue.cli import main
+from glue.steps import _candidates
+
+measure, left = _candidates.measure, int(os.environ.get("KILLED_AT", 0))
+
+def counted(*asked):
+    global left
+    with open("asked", "a") as file:
+        print("once", file=file)
+    results = measure(*asked)
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)  # the answers are there, and not written down yet
+    return results
+
+_candidates.measure = counted
+main()
+"""
+
+
+def test_a_search_that_is_killed_asks_again_for_nothing_that_is_written_down_and_finds_the_same(place):
+    """Killed at a random candidate; gone on with by two workers, and killed again; gone on with by none."""
+    calm, struck = searched(place("calm", SEARCHES), Workers(0)), place("struck", SEARCHES)
+    total = lines_of(struck.parent / "calm")
+    first = random.randrange(2, total // 2)
+    process = start(struck, "0", KILLED_AT=str(first))
+    assert process.wait(120) == -signal.SIGKILL and lines_of(struck) == first - 1
+    process = start(struck, "2")
+    wait_for(struck, random.randrange(first, total * 4 // 5))
+    process.kill()
     process.wait(10)
-    assert 0 < len(lines_of(struck)) < len(told)
-    process = start(struck)
+    second = lines_of(struck)
+    assert first <= second < total
+    process = start(struck, "0")
     assert process.wait(120) == 0, process.stderr.read()
     plan = make_plan(read_recipe(struck / "r.yaml"), Zoo(struck / "zoo.yaml"))
-    assert plan["found"].digest == calm["found"].digest
-    assert journal_of(plan["found"]) == told
-    note = json.loads((Path(plan["found"].path) / SEARCH_NOTE).read_text())
-    assert note["evaluated"] == len(told) and note["items"] == len(told) * ITEMS
+    assert told(plan) == told(calm), f"killed after {first} and {second} measurements"
+    assert len((struck / "asked").read_text().splitlines()) == first + total - second
+    for task in plan:
+        note, answers = json.loads((task.folder(plan.zoo) / SEARCH_NOTE).read_text()), told(plan)[task.name][1]
+        assert (note["evaluated"], note["items"]) == (len({candidate for candidate, _ in answers}), len(answers))
 
 
-def start(folder: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "glue.cli", "run", "r.yaml", "--workers", "0", "-q"], cwd=folder,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(folder: Path, workers: str, **more: str) -> subprocess.Popen:
+    """A run of the recipe in a process of its own; where it measures by itself, it counts what it is asked."""
+    return subprocess.Popen([sys.executable, "-c", COUNTED, "run", "r.yaml", "--workers", workers, "-q"], cwd=folder,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **more})
 
 
-def lines_of(folder: Path) -> list[str]:
-    return [line for file in folder.glob(f"zoo/.drafts/*/{JOURNAL}") for line in file.read_text().splitlines()]
+def lines_of(folder: Path) -> int:
+    """How many measurements are written down in a place, in searches that go on and in those that are done."""
+    while True:
+        files = {file.resolve() for inside in ("zoo/.drafts", "zoo/r") for file in folder.glob(f"{inside}/*/{JOURNAL}")}
+        with suppress(FileNotFoundError):  # a search was done just then, and its folder renamed
+            return sum(len(file.read_text().splitlines()) for file in files)
 
 
 def wait_for(folder: Path, lines: int) -> None:
     """Until so many measurements are written down."""
     until = time.monotonic() + 60
-    while len(lines_of(folder)) < lines:
+    while lines_of(folder) < lines:
         assert time.monotonic() < until, "nothing was measured in a minute"
         time.sleep(0.002)
 
 
+def test_a_member_that_is_found_as_it_is_keeps_its_own_base(place):
+    """Not that of the search, nor the first of its members, which may be of other families."""
+    folder = place("here", """steps:
+  - {as: made-from-m2, step: search, members: [m3], base: m0, suite: own.yaml:dev, budget: 9, strategy: best}
+  - {as: from-nothing, step: search, members: [m1], base: m0, suite: own.yaml:dev, budget: 9, strategy: best}
+""")
+    plan, zoo = searched(folder, Workers(0)), Zoo(folder / "zoo.yaml")
+    assert zoo["r/made-from-m2"].base == zoo["m2"] and zoo["r/made-from-m2"].digest == zoo.identified(zoo["m3"]).digest
+    assert zoo["r/from-nothing"].base is None
+    note = json.loads((next(iter(plan)).folder(zoo) / FOLDER_NOTE).read_text())
+    assert note["base"].startswith("m2@") and note["note"].startswith("m3 of 1 candidates")
+
+
 def test_items_that_a_search_has_seen_are_marked_wherever_they_are_reported(place):
     folder = place("here")
-    plan, told = searched(folder, Workers(0))
+    plan = searched(folder, Workers(0))
+    answers = measured(Path(plan["found"].path))
     rows = {row.member: row.seen_by_search for row in Table.read(plan["scored"]).rows}
     assert rows == {"r/found": True, "m1": False}
     assert not any(row.seen_by_search for row in Table.read(plan["unseen"]).rows)
     text = "\n".join(markdown(leaderboard(plan)))
     assert "| found (searched on these items) |" in text and "| m1 |" in text
-    assert f"| found | {len(told) * ITEMS} | {len(told)} |" in text  # what it cost stands beside what it scored
+    assert f"| found | {len(answers)} | {len(answers) // ITEMS} |" in text  # what it cost stands beside what it scored
     note = json.loads((Path(plan["found"].path) / FOLDER_NOTE).read_text())
     assert note["seen"] == sorted(plan["found"].seen) and len(note["seen"]) == 1

@@ -25,9 +25,11 @@ from benchmarks.speed.pairs import OURS, PEER, ROOT
 from benchmarks.speed.peer import SHARD
 from benchmarks.speed.shapes import SHAPES, made
 from glue.errors import GlueError
+from glue.evaluate.suite import read_suite
 from glue.files import write_aside
 from glue.kinds import Running
 from glue.member import Member
+from glue.steps import Measured
 from glue.zoo import Zoo
 
 TINY = ("tiny_zoo/A-base", "tiny_zoo/A-facts", "tiny_zoo/A-kind", "tiny_zoo/A-trans")
@@ -35,6 +37,7 @@ Weights = dict[str, float]
 Round = dict[str, float]
 WIDE = "peer with a thread a core"
 SIDES = (OURS, PEER, WIDE)
+ASKED = ("lm-eval's evaluate", "lm-eval's simple_evaluate")  # the second loads its tasks each time, as most people do
 
 
 class Sides:
@@ -97,6 +100,35 @@ class Sides:
         return found[1:]
 
 
+    def batches(self, count: int, asked: Measured, ask: Callable[[Running], Any]) -> list[Round]:
+        """Seconds a candidate where all cores are used: ours by workers, as a search does, the peer one by one."""
+        from glue.family import families
+        from glue.search.candidate import Candidate
+        from glue.steps._candidates import Ground
+        from glue.workers import Workers
+
+        cores = len(os.sched_getaffinity(0))
+        ground = Ground.of(self.members, self.base, families("merging")["task_arithmetic"].bind(), self.dtype, asked, 0)
+        found = []
+        with Workers(cores) as pool:
+            for k in range(count + 1):
+                candidates = [Candidate.merge({member.name: 0.2 + 0.01 * k + 0.001 * j + 0.1 * i
+                                               for i, member in enumerate(self.members)}) for j in range(2 * cores)]
+                seconds: Round = {"apart": 0.0}
+                for side in SIDES if k % 2 else reversed(SIDES):
+                    torch.set_num_threads(cores if side == WIDE else 1)
+                    some = candidates if side == OURS else candidates[:1]
+                    began = time.perf_counter()
+                    if side == OURS:
+                        pool.map("glue.steps._candidates:measure", [(ground, candidate) for candidate in some])
+                    else:
+                        shutil.rmtree(self.folder / "candidate", ignore_errors=True)
+                        ask(self.theirs(some[0].weights))
+                    seconds[side] = (time.perf_counter() - began) / len(some)
+                found.append(seconds)
+        return found[1:]
+
+
 def main(given: argparse.Namespace) -> int:
     """Measure row by row, print each, and write them down."""
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -126,21 +158,41 @@ def rows(given: argparse.Namespace) -> Iterator[tuple[str, list[Round]]]:
         base, *members = (zoo[name] for name in TINY)
         tiny = Sides(base, members, "float32", given.folder)
         yield "made, tiny zoo", tiny.rounds(given.pairs)
-        yield "made and asked, tiny zoo", tiny.rounds(given.pairs, questions(tiny, zoo, given.folder))
+        score, *others = questions(tiny, zoo, given.folder)
+        for told, ask in zip(ASKED, others, strict=True):
+            yield f"made and asked, tiny zoo, {told}", tiny.rounds(given.pairs, [score, ask])
+        for told, ask in zip(ASKED, others, strict=True):
+            name = f"made and asked, tiny zoo, {told}, all cores"
+            yield name, tiny.batches(given.pairs, _measured(zoo), ask)
+
+
+def _measured(zoo: Zoo) -> Measured:
+    """The dev split of the tiny suite."""
+    suite = read_suite(ROOT / "benchmarks/suites/tiny.yaml")
+    return Measured(suite, "dev", {task.data: zoo[task.data] for task in suite.tasks})
 
 
 def questions(sides: Sides, zoo: Zoo, folder: Path) -> list[Callable[[Running], Any]]:
-    """The dev items of the tiny zoo, asked by the scorer of a search, and by lm-eval."""
+    """The dev items of the tiny zoo, asked by the scorer of a search, and by lm-eval in each of the ways of ASKED."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     from glue.evaluate.fast import prepare, score
     from glue.evaluate.lm_eval import evaluate
-    from glue.evaluate.suite import read_suite, task_items, write_tasks
+    from glue.evaluate.suite import write_tasks
 
-    suite = read_suite(ROOT / "benchmarks/suites/tiny.yaml")
-    data = {task.data: zoo[task.data].folder for task in suite.tasks}
-    items = {task.name: task_items(task, data[task.data], "dev") for task in suite.tasks}
-    prepared = prepare(sides.tokenizer, suite.tasks, items)
-    names = write_tasks(suite, "dev", data, folder / "tasks")
-    return [lambda running: score(running, prepared), lambda running: evaluate(running, folder / "tasks", names)]
+    asked = _measured(zoo)
+    prepared = prepare(sides.tokenizer, asked.suite.tasks, asked.items())
+    names = write_tasks(asked.suite, "dev", asked.folders(), folder / "tasks")
+    known = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+
+    def simply(running: Running) -> Any:
+        lm = HFLM(pretrained=running.model, tokenizer=running.tokenizer, batch_size=64)
+        return simple_evaluate(lm, tasks=list(names), task_manager=known)
+
+    return [lambda running: score(running, prepared), lambda running: evaluate(running, folder / "tasks", names),
+            simply]
 
 
 def told(name: str, rounds: Sequence[Round]) -> str:

@@ -45,7 +45,8 @@ class Variants:
             if key not in made:
                 made[key] = self._ordered(*self._settled(told), whole)
             choice, sources = made[key]
-            below = Input(self.base, name) if self.base and sources != (self.base,) else None
+            # by identity: a member may be the base under its own name, and weights are not compared in passing
+            below = Input(self.base, name) if self.base and sources[0] is not self.base else None
             return Target(name, whole.header, choice, tuple(Input(source, name) for source in sources), below)
 
         return replace(self.whole, targets={name: target(name, whole) for name, whole in self.whole.targets.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -14,6 +15,7 @@ from glue.show.terminal import console
 
 if TYPE_CHECKING:
     from glue.atlas import Atlas
+    from glue.near import Near
 
 VERDICTS = {"merge": "green", "merge with care": "yellow", "do not merge": "dim"}
 SHOWN = 20  # pairs of an atlas that a terminal shows
@@ -95,3 +97,19 @@ def print_atlas(found: Atlas, as_json: bool) -> None:
     if len(look) > SHOWN:
         print(f"and {len(look) - SHOWN} more; --json tells of every pair")
     print("", *found.remarks(), sep="\n")
+
+
+def print_near(member: str, found: Sequence[Near], as_json: bool) -> None:
+    """Members beside one, the most alike first."""
+    if as_json:
+        rows = [{"name": one.name, "cosine": None if isnan(one.cosine) else one.cosine,
+                 "within": None if isnan(one.cosine) else one.within} for one in found]
+        print(json.dumps(rows, indent=1))
+        return
+    grid = Grid(title=f"as alike to {member}", title_justify="left", box=None, pad_edge=False)
+    for heading in ("member", "cosine", "within"):
+        grid.add_column(heading, overflow="fold")
+    for one in found:
+        told = ("", "of other shapes") if isnan(one.cosine) else (f"{one.cosine:.4f}", f"± {one.within:.4f}")
+        grid.add_row(escape(one.name), *told)
+    console().print(grid)

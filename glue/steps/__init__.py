@@ -27,7 +27,10 @@ from glue.family import Family, Positive
 from glue.member import Element, Member
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from glue.evaluate.suite import Item, Split, Suite
+    from glue.kinds import Running
     from glue.merge.mergekit.nouns import Config, ModelRef
     from glue.workers import Workers
 
@@ -45,6 +48,8 @@ class Takes:
 
 MODELS = ("model", "adapter")
 RUNS = ("model", "adapter", "mixture")
+
+
 @dataclass(frozen=True)
 class Measured:
     """A suite on one split, with the dataset member behind each of its tasks."""
@@ -65,6 +70,12 @@ class Measured:
 
         return {task.name: split_digest(self.data[task.data].folder / f"{self.split}.jsonl")
                 for task in self.suite.tasks}
+
+    def ask(self, running: Running) -> dict[str, np.ndarray]:
+        """Task -> results [items] of whatever runs, by the fast scorer."""
+        from glue.evaluate.fast import prepare, score
+
+        return score(running, prepare(running.tokenizer, self.suite.tasks, self.items()))
 
     def folders(self) -> dict[str, Path]:
         """Name of a dataset, as the suite says it, -> its folder."""
@@ -122,7 +133,7 @@ class Job:
 class Made:
     """What a step leaves in its folder.
 
-    base      the member that it derives from
+    base      the member that it derives from; what is `same` as a member has that one's
     seen      digests of the splits that a search looked at, beyond those its inputs carry
     elements  of a group
     same      the member that this is, under a new name: what lies in the folder is then only a record

@@ -63,7 +63,7 @@ def cluster(job: Job, *, members: Many, threshold: Probability = 0.95, linkage: 
     ordered = members if linkage == "leader" else sorted(members, key=_key)
     start = _start(members, base) if mode == "delta" else None
     read = [*ordered, *([start] if start else [])] if sketch else []
-    files = [job.shared / "sketches" / f"{member.digest[:16]}.safetensors" for member in read]
+    files = [sketch_file(job.shared, member) for member in read]
     job.workers.map("glue.steps.cluster:sketched", list(zip(read, files, strict=True)))
     threads = max(1, job.workers.number) * job.workers.threads
     told, families = job.workers.call("glue.steps.cluster:work", ordered, start, threshold, linkage, part, per,
@@ -78,6 +78,11 @@ def cluster(job: Job, *, members: Many, threshold: Probability = 0.95, linkage: 
     elements = _elements([family for family, _ in found], [middle for _, middle in found])
     sizes = ", ".join(f"{element.name} ({len(element.members)})" for element in elements)
     return Made("group", elements=elements, note=f"{len(elements)} families: {sizes}")
+
+
+def sketch_file(shared: Path, member: Member) -> Path:
+    """Where the sketch of a member is kept in a zoo's folder."""
+    return shared / "sketches" / f"{member.digest[:16]}.safetensors"
 
 
 def sketched(member: Member, file: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import numpy as np
+
 from glue.errors import MethodError
 from glue.family import Choice, Of
 from glue.member import Member
 from glue.steps import Job, Made, Many, Measured, OnDev, steps
-from glue.steps.search import score_member
 
 
 def several(members: list[Member], **_: Any) -> None:
@@ -34,17 +35,16 @@ def mix(job: Job, *, members: Many, router: Annotated[Any, Of("routing")], suite
                 note=f"{len(members)} experts ({names}) behind a {router.method.name} router")
 
 
-def results(member: Member, suite: Measured) -> dict[str, Any]:
+def results(member: Member, suite: Measured) -> dict[str, np.ndarray]:
     """In a worker: per-item results of one expert by task."""
     from glue.kinds import load
 
-    return score_member(load(member), suite)
+    return suite.ask(load(member))
 
 
-def work(folder, members: list[Member], router: Choice, suite: Measured, found: list[dict[str, Any]],
+def work(folder, members: list[Member], router: Choice, suite: Measured, found: list[dict[str, np.ndarray]],
          seed: int) -> None:
     """In a worker: let the first expert read the dev questions, make the router, write the mixture."""
-    import numpy as np
     import torch
 
     from glue.mix.build import build

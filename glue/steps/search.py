@@ -13,7 +13,7 @@ from glue.errors import MethodError
 from glue.family import Choice, Count, Of, is_per_member
 from glue.files import append_line, whole_lines
 from glue.member import Member, canonical
-from glue.steps import Job, Made, Many, Measured, OnDev, One, steps
+from glue.steps import Job, Made, Many, OnDev, One, steps
 from glue.steps._candidates import Ground
 from glue.steps.merge import compatible, spread
 
@@ -66,7 +66,7 @@ def search(job: Job, *, members: Many, strategy: Annotated[Any, Of("searching")]
     note = f"{found.candidate} of {found.candidates} candidates, {found.items} answers"
     if not found.candidate.merged:
         member = ground.member(found.candidate.names[0])
-        return Made(member.kind, base=member.base, seen=seen, same=member, note=note)
+        return Made(member.kind, seen=seen, same=member, note=note)
     spread(ground.variants().merge(ground.setting(found.candidate)), job.folder, job.workers)
     job.workers.call("glue.kinds.frame:copy_frame", ground.frame, job.folder)
     return Made("model", base=ground.frame, seen=seen, note=note)
@@ -146,10 +146,3 @@ def _told(found: Found) -> dict[str, Any]:
             "candidate": found.candidate.spelled(), "value": found.value, "evaluated": found.candidates,
             "items": found.items, "log": [[str(row.candidate), row.value, row.purpose, row.items]
                                           for row in found.log]}
-
-
-def score_member(running, suite: Measured) -> dict[str, np.ndarray]:
-    """Per-item results of whatever runs, by task."""
-    from glue.evaluate.fast import prepare, score
-
-    return score(running, prepare(running.tokenizer, suite.suite.tasks, suite.items()))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from math import exp
+import json
+from pathlib import Path
 from statistics import NormalDist
 from zlib import crc32
 
 import numpy as np
 import pytest
-from scipy import linalg
+from scipy import optimize, stats
 
 from glue.search import searching
-from glue.search.evolution import Evolution
+from glue.search.candidate import Candidate
 from glue.search.luck import luck
 from glue.search.space import FALSE_GAINS, Space
 
+RECORDED = Path(__file__).parents[1] / "fixtures"  # by `python -m benchmarks.zoos --record`, of zoos that are trained
 FINE = [k / 20 for k in range(1, 20)]
 
 
@@ -24,7 +26,8 @@ class Zoo:
     Three members are specialists, each of a task of its own; three do harm. An item is right if skill exceeds its
     difficulty; a member is better at some items than at others, and passes that on by its weight, so that merges
     that are like each other are right on the same items. A skill fades as (1 - w)^2 and interferes where weights
-    sum to more than 1; each merge has a little noise of its own.
+    sum to more than 1; each merge has a little noise of its own, about as much as in trained zoos: merges whose
+    coefficients are .05 apart differ on 1.6 % of their items, .2 apart on 4 % (there on 1.1 to 1.6 % and 4 to 6 %).
 
     equal  nobody is a specialist: every merge is truly as good as every member
     """
@@ -43,7 +46,7 @@ class Zoo:
 
     def result(self, candidate):
         w = np.array([candidate.weights.get(name, 0.0) for name in self.names])
-        noise = np.random.default_rng([self.seed, crc32(str(candidate).encode())]).normal(0, 0.15, len(self.tasks))
+        noise = np.random.default_rng([self.seed, crc32(str(candidate).encode())]).normal(0, 0.05, len(self.tasks))
         if self.equal:
             return (w @ self.own / np.linalg.norm(w) + noise > self.hard).astype(float)
         skill = self.start + (1 - (1 - w) ** 2) @ self.skills - 0.1 * max(0.0, w.sum() - 1) ** 2
@@ -60,7 +63,7 @@ class Zoo:
 def test_racing_reaches_the_choice_of_the_grid_for_a_fifth_of_its_items():
     """The same members and a score within two paired standard errors, in at least 9 of 10 zoos.
 
-    Over 200 such zoos it is 86 of 100; a grid of 18 coefficients agrees with this one of 19 in 85 of 100.
+    Over 100 such zoos it is 94; over those of benchmarks/zoos, which are trained, see benchmarks/boards/racing.md.
     """
     reached, shares = 0, []
     for seed in range(10):
@@ -72,6 +75,38 @@ def test_racing_reaches_the_choice_of_the_grid_for_a_fifth_of_its_items():
         reached += raced.candidate.names == grid.candidate.names and \
             not space.gain(grid.candidate, raced.candidate).convinces(2)
     assert reached >= 9 and max(shares) < 0.2 and np.mean(shares) < 0.17
+
+
+class Recorded:
+    """What the grid and racing asked of a trained zoo: eight members, 6 tasks of 200 items.
+
+    A search that asks for something else fails on a result of -1, or on a candidate that is not there: record again.
+    """
+
+    def __init__(self, file):
+        self.file = np.load(file)
+        self.told = json.loads(str(self.file["told"]))
+        self.results = dict(zip(map(Candidate.unspelled, self.told["candidates"]), self.file["results"], strict=True))
+
+    def __call__(self, candidates, items=None):
+        return [self.results[c] if items is None else self.results[c][items[k]] for k, c in enumerate(candidates)]
+
+    def search(self, strategy, **params):
+        space = Space(self.told["names"], self, self.file["tasks"], rule="add", budget=1000,
+                      neutral={self.told["base"]}, seed=self.told["seed"], layers=4)
+        return searching[strategy].bind(params)(space), space
+
+
+@pytest.mark.parametrize("zoo", [0, 1])
+def test_racing_reaches_the_choice_of_the_grid_in_zoos_that_were_trained(zoo):
+    recorded = Recorded(RECORDED / f"zoo-{zoo}.npz")
+    grid, _ = recorded.search("greedy", coefficients=FINE)
+    raced, space = recorded.search("racing")
+    space.results([grid.candidate])
+    assert raced.candidate.names == grid.candidate.names and raced.items / grid.items < 0.18
+    assert not space.gain(grid.candidate, raced.candidate).convinces(2)
+    short = {name.removeprefix("tiny_zoo/A-") for name in raced.candidate.names}
+    assert {"trans", "facts", "kind"} <= short and not {"noise", "chat", "lora"} & short
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "racing", "coefficients"])
@@ -107,51 +142,47 @@ def test_luck_is_the_quantile_of_the_largest_of_independent_or_equal_leads():
 
 # -- evolution --
 
-def test_evolution_finds_the_lowest_point_of_a_narrow_valley_that_lies_askew():
-    rng = np.random.default_rng(0)
+def evolved(loss, *, genes=6, seed=0, budget=2000, **params):
+    """Where `evolve` ends on a loss of weights [genes], and everything that it tried [k, genes], in order."""
+    names, tried = [f"m{k:02}" for k in range(genes)], []
+
+    def evaluate(batch):
+        for candidate in batch:
+            if candidate.merged:
+                tried.append([candidate.weights.get(name, 0.0) for name in names])
+            yield np.full(2, np.exp(-loss(np.array(tried[-1]))) if candidate.merged else 0.0)
+
+    space = Space(names, evaluate, [0, 0], rule="add", budget=budget, seed=seed)
+    found = searching["evolve"].bind(params)(space).candidate
+    return np.array([found.weights.get(name, 0.0) for name in names]), np.array(tried)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**33])
+def test_evolution_finds_the_lowest_point_of_a_narrow_valley_that_lies_askew(seed):
+    """A valley a hundred times steeper across than along; along it a gene is as exact as it is written down."""
+    rng = np.random.default_rng(7)
     turned, _ = np.linalg.qr(rng.normal(size=(6, 6)))
-    goal, lengths = rng.uniform(0.3, 0.7, 6), np.logspace(0, 3, 6)
-    evolution = Evolution(6, 9, 1 / 6, np.random.default_rng(1))
-    for _ in range(250):
-        points = evolution.ask()
-        evolution.tell(points[np.argsort([(lengths * (turned @ (point - goal)) ** 2).sum() for point in points])])
-    assert np.abs(evolution.mean - goal).max() < 1e-6
+    goal, lengths = rng.uniform(0.3, 0.7, 6), np.logspace(0, 2, 6)
+    weights, tried = evolved(lambda at: 0.1 * lengths @ (turned @ (at - goal)) ** 2, seed=seed)
+    assert np.abs(weights - goal).max() < 0.003 and len(tried) < 1200
 
 
-def test_the_first_generation_is_normal_around_the_middle_and_stays_in_the_cube():
-    points = np.concatenate([Evolution(3, 8, 1 / 6, np.random.default_rng(seed)).ask() for seed in range(500)])
-    assert points.min() >= 0 and points.max() <= 1
-    assert points.mean(0) == pytest.approx(0.5, abs=0.01) and points.std(0) == pytest.approx(1 / 6, abs=0.006)
+def test_evolution_ends_where_the_gradients_of_scipy_end():
+    """Also where that is on a face of the cube: the third gene had better be below 0."""
+    centre = np.array([0.2, 0.6, -0.3, 0.8])
+
+    def loss(at):
+        far = at - centre
+        return float(np.log(np.exp(3 * far).sum() + np.exp(-3 * far).sum()) + (far[0] + far[1] * far[2]) ** 2)
+
+    wanted = optimize.minimize(loss, np.full(4, 0.5), method="L-BFGS-B", bounds=[(0, 1)] * 4).x
+    weights, _ = evolved(loss, genes=4)
+    assert wanted[2] == 0 and weights[2] == 0 and weights == pytest.approx(wanted, abs=0.004)
 
 
-def test_a_distribution_that_lies_outside_is_moved_to_the_face_of_the_cube():
-    evolution = Evolution(2, 4, 1e-3, np.random.default_rng(0))
-    evolution.mean = np.array([2.0, 0.5])
-    assert evolution.ask()[:, 0] == pytest.approx(1.0)
-
-
-def test_evolution_moves_as_the_formulas_of_its_source_say():
-    """The tutorial's update, step by step, with roots by scipy in place of eigenvectors."""
-    n, popsize = 4, 10
-    evolution = Evolution(n, popsize, 0.1, np.random.default_rng(3))
-    m, C, sigma, ps, pc = np.full(n, 0.5), np.eye(n), 0.1, np.zeros(n), np.zeros(n)
-    w = np.array([np.log(5.5) - np.log(i) for i in (1, 2, 3, 4, 5)])
-    w /= w.sum()
-    mu = w.sum() ** 2 / (w ** 2).sum()
-    cs, cc, c1 = (mu + 2) / (n + mu + 5), (4 + mu / n) / (n + 4 + 2 * mu / n), 2 / ((n + 1.3) ** 2 + mu)
-    cm = min(1 - c1, 2 * (mu - 2 + 1 / mu) / ((n + 2) ** 2 + mu))
-    d = 1 + 2 * max(0, np.sqrt((mu - 1) / (n + 1)) - 1) + cs
-    chi = np.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n ** 2))
-    for g in range(1, 8):
-        points = evolution.ask()
-        ranked = points[np.argsort(points @ [3, 1, -2, 0.5])]
-        evolution.tell(ranked)
-        y = [(x - m) / sigma for x in ranked[:5]]
-        yw = sum(wi * yi for wi, yi in zip(w, y, strict=True))
-        ps = (1 - cs) * ps + np.sqrt(cs * (2 - cs) * mu) * linalg.solve(linalg.sqrtm(C), yw)
-        h = float(linalg.norm(ps) / np.sqrt(1 - (1 - cs) ** (2 * g)) < (1.4 + 2 / (n + 1)) * chi)
-        pc = (1 - cc) * pc + h * np.sqrt(cc * (2 - cc) * mu) * yw
-        C = (1 - c1 - cm + c1 * (1 - h) * cc * (2 - cc)) * C + c1 * np.outer(pc, pc) + \
-            cm * sum(wi * np.outer(yi, yi) for wi, yi in zip(w, y, strict=True))
-        m, sigma = m + sigma * yw, sigma * exp(cs / d * (linalg.norm(ps) / chi - 1))
-        assert evolution.mean == pytest.approx(m, abs=1e-9) and evolution.sigma == pytest.approx(sigma, rel=1e-9)
+def test_the_first_generation_is_normal_around_the_middle_and_cut_off_at_the_ends():
+    """What lies outside of the cube is drawn again: one tail in every 185 standard deviations of 1/4."""
+    first = np.concatenate([evolved(lambda at: 0.0, genes=3, seed=seed, budget=10, sigma=1 / 4)[1].ravel()
+                            for seed in range(300)])
+    assert len(first) == 300 * 3 * 7 and first.min() >= 0 and first.max() <= 1
+    assert stats.kstest(first, stats.truncnorm(-2, 2, 0.5, 1 / 4).cdf).pvalue > 0.05

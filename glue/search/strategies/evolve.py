@@ -12,18 +12,18 @@ from glue.errors import MethodError, did_you_mean
 from glue.family import Count, Field, Positive
 from glue.search import searching
 from glue.search.candidate import WEIGHT, Candidate
-from glue.search.evolution import Evolution
 from glue.search.space import Found, Space
 
 Range = Annotated[list[float], Field(min_length=2, max_length=2)]
 DIGITS = 3  # of a gene: what is written down is exactly what was measured, and a member may well have no weight
 STILL = 10  # generations without a candidate that is new end a search
+SEEDS = 2**32  # that the library's generator takes
 
 
-@searching.add("evolve", source="arXiv:2410.05357")
+@searching.add("evolve", source="arXiv:2410.05357", version=2)
 def evolve(space: Space, *, groups: Count = 1, weight: Range = [0.0, 1.0],  # noqa: B006 - read only
            also: dict[str, Range] = {},  # noqa: B006 - read only
-           popsize: Annotated[int, Field(ge=2)] | Literal["by_length"] = "by_length",
+           popsize: Annotated[int, Field(ge=4)] | Literal["by_length"] = "by_length",
            sigma: Positive = 1 / 6, prove: bool = True) -> Found:
     """The best of what CMA-ES tries, a generation at a time, until the budget is spent.
 
@@ -32,34 +32,38 @@ def evolve(space: Space, *, groups: Count = 1, weight: Range = [0.0, 1.0],  # no
     weight   from and to; the search starts in the middle
     also     the same for other parameters of the merge method, by name: {density: [0.01, 1]}. What takes a value for
              each member is a gene for each
-    popsize  by_length: round(4 + 3 ln(genes)), as in one of the paper's programs; the other has 15
+    popsize  at least 4; by_length: round(4 + 3 ln(genes)), as in one of the paper's programs; the other has 15
     sigma    first standard deviation, as a share of each range
     prove    the best single member is the answer unless the merge is better than luck among all that were tried;
              false, as in the paper: unless it is better
 
     Under the rule interpolate the weights of a group are divided by their sum. The paper tries 200 or 500 candidates
-    with seed 42; here budget and seed are those of the step.
+    with seed 42; here budget and seed are those of the step. What moves is the library `cmaes`, as in the paper: a
+    point outside of the ranges is drawn again.
     """
+    from cmaes import CMA
+
     genome = Genome(space, groups, {WEIGHT: weight, **also})
     single = space.singles()[0]
     if not space.others:
         return space.found(single)
     size = round(4 + 3 * log(genome.length)) if popsize == "by_length" else popsize
-    evolution = Evolution(genome.length, size, sigma, np.random.default_rng(space.seed))
+    middle, cube = np.full(genome.length, 0.5), np.tile([0.0, 1.0], (genome.length, 1))
+    evolution = CMA(middle, sigma, bounds=cube, seed=space.seed % SEEDS, population_size=size)
     tried: list[Candidate] = [single]
     still = generation = 0
     while still < STILL:
         generation += 1
-        points, left = evolution.ask(), space.left
+        points, left = [evolution.ask() for _ in range(size)], space.left
         candidates = [genome.candidate(point) for point in points]
         made = [candidate for candidate in candidates if candidate]
         results = space.results(made, f"generation {generation}")
         tried += results
         if any(candidate not in results for candidate in made):
             break  # the budget is spent
-        # equal ones stay as they were drawn; weights that are all zero make no candidate, and come last
-        ranks = [-space.value(candidate) if candidate else 1.0 for candidate in candidates]
-        evolution.tell(points[np.argsort(ranks, kind="stable")])
+        # the lowest is the best; weights that are all zero make no candidate, and come last
+        losses = [-space.value(candidate) if candidate else 1.0 for candidate in candidates]
+        evolution.tell(list(zip(points, losses, strict=True)))
         still = still + 1 if space.left == left else 0
     best = space.best(tried)
     return space.found(space.proven(best) if prove else best)

@@ -1,7 +1,8 @@
 """Greedy selection by races: coefficients start on few items, and only those that may still win see more.
 
-Successive halving as in arXiv:1502.07943, with paired tests before each half is cut, and a grid that is looked at
-coarsely first: the score of a merge changes smoothly with one coefficient.
+Successive halving as in arXiv:1502.07943, with paired tests before each half is cut, over a coarse part of the grid:
+the score of a merge changes smoothly with one coefficient. What lies between is tried on all items, beside the winner
+of a member that is kept: on few items the best of neighbours is the luckiest, and a member that is refused needs none.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from glue.search.walk import Order, grid, kept, walk
 FINE = [k / 20 for k in range(1, 20)]
 
 
-@searching.add("racing", source="arXiv:1502.07943")
+@searching.add("racing", source="arXiv:1502.07943", version=2)
 def racing(space: Space, *, order: Order = "accuracy",
            coefficients: Annotated[list[Positive], Field(min_length=1)] | Literal["fine"] = "fine",
-           min_gain: NonNegative = 1.0, sweeps: Count = 2, every: Count = 5, first: Share = 0.3,
+           min_gain: NonNegative = 1.0, sweeps: Count = 2, every: Count = 5, first: Share = 0.25,
            doubt: Positive = 2.0) -> Found:
     """As `greedy`, but the coefficients of a member race: what falls behind on some items sees no more of them.
 
     order, min_gain, sweeps  as in greedy
     coefficients  as in greedy; fine is .05, .1, ... .95
-    every   one in so many starts, then what lies beside the best, until both neighbours of the best have; 1: all start
+    every   one in so many starts; what lies half as far beside the winner follows, if that is kept. 1: all start
     first   the share of the items that those see. It doubles from round to round, and the better half goes on
     doubt   standard errors of what the items not yet seen can still change. A candidate is out when so many of them
             would not bring it level with the leader, or to where it gains enough on the incumbent
@@ -48,22 +49,22 @@ def racing(space: Space, *, order: Order = "accuracy",
 
     def race(incumbent: Candidate, tried: Sequence[Candidate], purpose: str) -> Candidate:
         stride = every if len(tried) > every else 1
-        begun = tried[stride // 2::stride]
-        share, running = first, ahead(begun, incumbent, first, purpose)
-        while running and (near := set(_beside(tried, running[0])) - set(begun)):
-            begun = sorted({*begun, *near}, key=tried.index)
-            running = ahead([candidate for candidate in begun if candidate in near or candidate in running],
-                            incumbent, share, purpose)
-        while running and share < 0.5:
-            share *= 2
-            running = ahead(running[:ceil(len(running) / 2)], incumbent, share, purpose)
-        return kept(space, incumbent, sorted(running[:ceil(len(running) / 2)], key=tried.index), purpose, min_gain)
+        running, share = list(tried[stride // 2::stride]), first
+        while running and share < 1:
+            running = ahead(running, incumbent, share, purpose)
+            running, share = running[:ceil(len(running) / 2)], 2 * share
+        winner = kept(space, incumbent, sorted(running, key=tried.index), purpose, min_gain)
+        if winner == incumbent:
+            return incumbent
+        best = kept(space, incumbent, _around(tried, winner, stride // 2), purpose, min_gain)
+        return winner if best == incumbent else best
 
     values = grid(space, FINE if coefficients == "fine" else coefficients, "racing")
     end = walk(space, order, sweeps, race, coefficients=values, adding=space.rule == "add")
     return space.found(space.proven(end) if min_gain else end)
 
 
-def _beside(tried: Sequence[Candidate], candidate: Candidate) -> Sequence[Candidate]:
-    k = tried.index(candidate)
-    return [*tried[max(k - 1, 0):k], *tried[k + 1:k + 2]]
+def _around(tried: Sequence[Candidate], winner: Candidate, steps: int) -> Sequence[Candidate]:
+    """The winner between what lies so many steps to either side of it, or at the end of the row, in the order given."""
+    k = tried.index(winner)
+    return [tried[j] for j in sorted({max(k - steps, 0), k, min(k + steps, len(tried) - 1)})]
