@@ -109,7 +109,7 @@ def test_private_memory_counts_what_children_hold_and_shared_pages_once(tmp_path
             "for _ in range(2): os.wait()\nprint('done')")
     ran = measure.run([sys.executable, "-c", hold], folder=tmp_path, environment={}, closely=True)
     assert ran.output == "done\n" and ran.processes == 3
-    assert 120e6 < ran.private < 170e6 and 240e6 < ran.anonymous < 300e6  # 60 shared by three, and twice 30
+    assert 120e6 < ran.private < 185e6 and 240e6 < ran.anonymous < 300e6  # 60 shared by three, and twice 30
 
 
 def test_a_run_that_fails_says_why(tmp_path):

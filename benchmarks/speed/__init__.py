@@ -1,4 +1,4 @@
-"""glue side by side with its peers: merges, comparisons and candidates, in pairs, with times, memory and bits compared."""
+"""glue side by side with its peers, in alternating pairs: merges, comparisons of weights, candidates of a search."""
 
 import os
 

@@ -61,15 +61,15 @@ class Zoo:
 
 
 def test_racing_reaches_the_choice_of_the_grid_for_a_fifth_of_its_items():
-    """The same members and a score within two paired standard errors, in at least 9 of 10 zoos.
+    """The same members and a score within two paired standard errors, in at least 9 of 10 zoos, at a margin of one.
 
     Over 100 such zoos it is 94; over those of benchmarks/zoos, which are trained, see benchmarks/boards/racing.md.
     """
     reached, shares = 0, []
     for seed in range(10):
         zoo = Zoo(seed)
-        grid, space = zoo.search("greedy", coefficients=FINE)
-        raced, _ = zoo.search("racing")
+        grid, space = zoo.search("greedy", coefficients=FINE, min_gain=1.0)
+        raced, _ = zoo.search("racing", min_gain=1.0)
         space.results([raced.candidate])
         shares.append(raced.items / grid.items)
         reached += raced.candidate.names == grid.candidate.names and \
@@ -100,8 +100,8 @@ class Recorded:
 @pytest.mark.parametrize("zoo", [0, 1])
 def test_racing_reaches_the_choice_of_the_grid_in_zoos_that_were_trained(zoo):
     recorded = Recorded(RECORDED / f"zoo-{zoo}.npz")
-    grid, _ = recorded.search("greedy", coefficients=FINE)
-    raced, space = recorded.search("racing")
+    grid, _ = recorded.search("greedy", coefficients=FINE, min_gain=1.0)
+    raced, space = recorded.search("racing", min_gain=1.0)
     space.results([grid.candidate])
     assert raced.candidate.names == grid.candidate.names and raced.items / grid.items < 0.18
     assert not space.gain(grid.candidate, raced.candidate).convinces(2)

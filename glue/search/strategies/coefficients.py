@@ -15,12 +15,12 @@ from glue.search.turns import turns
 @searching.add("coefficients", version=2)
 def coefficients(space: Space, *, values: Annotated[list[NonNegative], Field(min_length=1)]
                  = [0.0, 0.2, 0.35, 0.5, 0.7, 0.9],  # noqa: B006 - read only; a tuple is no YAML value
-                 min_gain: NonNegative = 1.0) -> Found:
+                 min_gain: NonNegative = 2.0) -> Found:
     """Start from the best merge of all members with one weight; then set each weight, best member first, in turn.
 
     values    weights to try, the smallest where equal; 0 leaves a member out. Under the rule interpolate they are
               divided by their sum
-    min_gain  paired standard errors by which a change must be ahead of what it changes
+    min_gain  paired standard errors by which a change must be ahead, 2 for a 95 % interval above 0
 
     The best single member is the answer unless the merge is better than luck among all that were tried.
     """

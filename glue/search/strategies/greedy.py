@@ -1,6 +1,6 @@
 """Greedy selection after the heuristic of Model-GLUE: one member after the other is tried, and kept if it helps.
 
-Departures from the paper, whose own procedure is the strategy `paper`: a gain must be worth one paired standard error;
+Departures from the paper, whose own procedure is the strategy `paper`: the paired interval of a gain must lie above 0;
 members that were refused are tried again; under the rule add the incumbent keeps its weights and the next member comes
 on top; a merge whose lead over the best member may be luck is not the answer.
 """
@@ -19,7 +19,7 @@ from glue.search.walk import Order, grid, kept, walk
 @searching.add("greedy", source="arXiv:2410.05357", version=2)
 def greedy(space: Space, *, order: Order = "accuracy",
            coefficients: Annotated[list[Positive], Field(min_length=1)] | Literal["grid", "average"] = "grid",
-           min_gain: NonNegative = 1.0, sweeps: Count = 2) -> Found:
+           min_gain: NonNegative = 2.0, sweeps: Count = 2) -> Found:
     """Start from the best member; try each next one at every coefficient, as one batch; keep the best if it gains.
 
     order         accuracy: best member first, by name where equal; given: as in the recipe, after the best;
@@ -27,8 +27,8 @@ def greedy(space: Space, *, order: Order = "accuracy",
                   from its flat weights
     coefficients  rule add: the weight of the member that is added, .2 to .9 by default. Rule interpolate: the share
                   that the incumbent keeps, .1 to .9 by default; average: the running average of all that were kept
-    min_gain      paired standard errors by which a candidate must be ahead; 0: not being behind is enough, and the
-                  best merge is the answer however small its lead over the best member
+    min_gain      paired standard errors by which a candidate must be ahead; 2: its 95 % interval lies above 0. With 0
+                  not being behind is enough, and the best merge is the answer however small its lead
     sweeps        how often those that were refused are tried again: some help only beside what was kept after them
 
     Equal candidates: the one with the least of the new member. Under the rule add the first member is tried at every

@@ -17,13 +17,13 @@ Coordinate = tuple[str, int | None]  # a member, and the group in which its weig
 @searching.add("joint")
 def joint(space: Space, *, groups: Count = 3, values: Annotated[list[NonNegative], Field(min_length=1)]
           = [0.0, 0.2, 0.35, 0.5, 0.7, 0.9],  # noqa: B006 - read only; a tuple is no YAML value
-          min_gain: NonNegative = 1.0) -> Found:
+          min_gain: NonNegative = 2.0) -> Found:
     """As `coefficients`; then, from what that came to, set each weight in one layer group after the other, in turn.
 
     groups    blocks of consecutive layers; everything outside of layers is one group more
     values    weights to try, the smallest where equal; 0 leaves a member out of a group. Under the rule interpolate
               they are divided by their sum
-    min_gain  paired standard errors by which a change must be ahead of what it changes
+    min_gain  paired standard errors by which a change must be ahead, 2 for a 95 % interval above 0
 
     The best single member is the answer unless the merge is better than luck among all that were tried.
     """

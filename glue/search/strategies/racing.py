@@ -23,7 +23,7 @@ FINE = [k / 20 for k in range(1, 20)]
 @searching.add("racing", source="arXiv:1502.07943", version=2)
 def racing(space: Space, *, order: Order = "accuracy",
            coefficients: Annotated[list[Positive], Field(min_length=1)] | Literal["fine"] = "fine",
-           min_gain: NonNegative = 1.0, sweeps: Count = 2, every: Count = 5, first: Share = 0.25,
+           min_gain: NonNegative = 2.0, sweeps: Count = 2, every: Count = 5, first: Share = 0.25,
            doubt: Positive = 2.0) -> Found:
     """As `greedy`, but the coefficients of a member race: what falls behind on some items sees no more of them.
 
