@@ -1,7 +1,8 @@
 """The identity of a member's folder: fingerprint and digest over everything that changes what it computes.
 
 Weights count by name, type, shape and bytes; JSON files by their content, configurations without paths and versions
-of libraries; cards, logs and notes do not count. A digest is computed once and then known by (path, size, time, inode).
+of libraries; cards, logs and notes do not count. Of a mixture by text, the folders of its experts count in the same
+way. A digest is computed once and then known by (path, size, time, inode).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ COUNTED = ("config.json", "adapter_config.json", "generation_config.json", "toke
            "chat_template.jinja", "*.jsonl", "*.parquet", "elements.json")
 WEIGHTS = ("*.safetensors", INDEX, "*.bin", "*.pt", "*.pth", "*.gguf")  # all but the first two are refused when read
 JSON_LIMIT, BLOCK = 200_000_000, 1 << 20  # bytes: of one JSON file; of other files, read at once
+EXPERTS = "experts/*"  # below the folder of a mixture by text: models like any other
 UNCOUNTED_KEYS = ("_name_or_path", "base_model_name_or_path", "name_or_path", "transformers_version", "peft_version")
 
 
@@ -40,12 +42,15 @@ def identify(folder: Path, known: Path | None = None) -> tuple[str, str]:
     if remembered and remembered["signature"] == signature:
         return remembered["fingerprint"], remembered["digest"]
     files = _files(folder)
-    parts = {file.name: _file_digest(file) for file in files if not _holds_weights(file)}
+    parts = {_told(file, folder): _file_digest(file) for file in files if not _holds_weights(file)}
     fingerprint = hashlib.sha256(canonical(parts).encode()).hexdigest()
-    if any(_holds_weights(file) for file in files):
-        checkpoint = Checkpoint(folder)
-        fingerprint = checkpoint.fingerprint
-        parts["weights"] = weights_digest(checkpoint)
+    places = {folder if file == folder else file.parent for file in files if _holds_weights(file)}
+    if places:
+        checkpoints = {place: Checkpoint(place) for place in sorted(places)}
+        prints = [checkpoint.fingerprint for checkpoint in checkpoints.values()]
+        fingerprint = prints[0] if len(prints) == 1 else hashlib.sha256("|".join(prints).encode()).hexdigest()
+        for place, checkpoint in checkpoints.items():
+            parts["weights" if place == folder else f"{_told(place, folder)}/weights"] = weights_digest(checkpoint)
     digest = combined(parts)
     if known is not None and _signature(folder) == signature:  # else it was written to while it was read
         with suppress(OSError):  # a zoo that may only be read has no cache
@@ -67,9 +72,15 @@ def _note(known: Path, key: str, signature: list[list[Any]], fingerprint: str, d
 def _files(folder: Path) -> list[Path]:
     if folder.is_file():
         return [folder]
-    found = {file for pattern in (*COUNTED, *WEIGHTS) for file in folder.glob(pattern)
+    places = [folder, *(place for place in folder.glob(EXPERTS) if not place.name.startswith("."))]
+    found = {file for place in places for pattern in (*COUNTED, *WEIGHTS) for file in place.glob(pattern)
              if file.is_file() or file.is_symlink()}
     return sorted(file for file in found if not file.name.startswith("."))
+
+
+def _told(place: Path, folder: Path) -> str:
+    """What a file or folder is called here: its path within the folder, with slashes."""
+    return place.name if place == folder else place.relative_to(folder).as_posix()
 
 
 def _holds_weights(file: Path) -> bool:
@@ -82,7 +93,7 @@ def _signature(folder: Path) -> list[list[Any]]:
         stats = [(file, file.stat()) for file in _files(folder)]
     except FileNotFoundError as problem:
         raise ZooError(f"{problem.filename} is a link to nothing", fix="download the folder again") from None
-    return [[file.name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for file, stat in stats]
+    return [[_told(file, folder), stat.st_size, stat.st_mtime_ns, stat.st_ino] for file, stat in stats]
 
 
 def _remembered(known: Path | None) -> dict[str, dict[str, Any]]:

@@ -22,12 +22,13 @@ import numpy as np
 import torch
 
 from glue.errors import SuiteError
-from glue.evaluate.routes import by_route
+from glue.evaluate.routes import by_expert, by_route
 from glue.evaluate.suite import Item, Task
 from glue.kinds import Running
+from glue.kinds.text import longest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 Ids = tuple[int, ...]
 
@@ -108,6 +109,24 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Ids]:
             for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True)]
 
 
+def ask(running: Running, tasks: Sequence[Task], items: Mapping[str, Sequence[Item]], *,
+        batch_size: int = 64) -> dict[str, np.ndarray]:
+    """`prepare` and `score` in one, also for members whose experts have tokenizers of their own.
+
+    A question chooses its expert by its text, once for all of its choices.
+    """
+    def run(answering: Running, some: list[tuple[Task, Item]]) -> list[float]:
+        apart = {task.name: [item for other, item in some if other is task] for task in tasks}
+        asked = [task for task in tasks if apart[task.name]]
+        found = score(answering, prepare(answering.tokenizer, asked, apart), batch_size=batch_size)
+        results = {name: iter(values.tolist()) for name, values in found.items()}
+        return [next(results[task.name]) for task, _ in some]
+
+    every = [(task, item) for task in tasks for item in items[task.name]]
+    results = iter(by_expert(running, [item.question for _, item in every], every, run))
+    return {task.name: np.array([next(results) for _ in items[task.name]]) for task in tasks}
+
+
 def score(running: Running, prepared: Prepared, *, batch_size: int = 64) -> dict[str, np.ndarray]:
     """Results of one member, task -> [items] in the order of the items; the batch size changes speed only."""
     reader = _Reader(running, batch_size)
@@ -133,7 +152,7 @@ class _Reader:
 
     def __init__(self, running: Running, batch_size: int):
         self.model, self.tokenizer, self.batch_size = running.model.eval(), running.tokenizer, batch_size
-        self.longest = _longest(running.model, running.tokenizer)
+        self.longest = longest(running.model, running.tokenizer)
         self.slices = "logits_to_keep" in inspect.signature(running.model.forward).parameters
         told = running.model.generation_config.eos_token_id if running.model.generation_config else None
         told = running.tokenizer.eos_token_id if told is None else told
@@ -225,12 +244,3 @@ class _Reader:
 
     def _put(self, numbers: Any) -> torch.Tensor:
         return torch.as_tensor(np.asarray(numbers, dtype=np.int64), device=self.model.device)
-
-
-def _longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens the model can see, found where lm-eval finds it."""
-    config = getattr(model.config, "text_config", None) or model.config
-    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        if getattr(config, name, None) is not None:
-            return int(getattr(config, name))
-    return tokenizer.model_max_length if tokenizer.model_max_length < 10 ** 9 else 2048

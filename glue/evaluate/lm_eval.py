@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
 from glue.errors import SuiteError, did_you_mean
-from glue.evaluate.routes import by_route
+from glue.evaluate.routes import by_expert, by_route
 from glue.kinds import Running
 
 
@@ -34,7 +35,7 @@ def evaluate(running: Running, folder: Path, names: list[str], *, batch_size: in
                 raise SuiteError(f"there is no task '{name}' in {folder}{did_you_mean(name, known.all_subtasks)}")
         loaded = known.load(names)
         # not simple_evaluate: that one seeds every generator of the process and asks git and the hardware who they are
-        found = run(_as_lm(running, batch_size), loaded, bootstrap_iters=0, log_samples=True)
+        found = run(as_lm(running, batch_size), loaded, bootstrap_iters=0, log_samples=True)
     results = {}
     for name in names:
         metric = loaded["tasks"][name].config.metric_list[0]["metric"]
@@ -43,7 +44,58 @@ def evaluate(running: Running, folder: Path, names: list[str], *, batch_size: in
     return results
 
 
-def _as_lm(running: Running, batch_size: int) -> Any:
+def as_lm(running: Running, batch_size: int = 64) -> Any:
+    """The member as a model of lm-eval, with requests grouped by who answers them."""
+    return _with_routes(running, batch_size) if running.choose is None else _by_text(running, batch_size)
+
+
+def _by_text(running: Running, batch_size: int) -> Any:
+    """A model of lm-eval that passes every request to that of the expert which the text of its document chooses."""
+    from lm_eval.api.model import LM
+
+    models: dict[str, Any] = {}
+
+    def model_of(expert: Running) -> Any:
+        if expert.member.name not in models:
+            models[expert.member.name] = as_lm(expert, batch_size)
+        return models[expert.member.name]
+
+    class ByText(LM):
+        def loglikelihood(self, requests, disable_tqdm=False):
+            return by_expert(running, document_texts(requests), requests,
+                             lambda expert, some: model_of(expert).loglikelihood(some, disable_tqdm=disable_tqdm))
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            return by_expert(
+                running, [""] * len(requests), requests,  # the whole text is what is asked for, and nothing its context
+                lambda expert, some: model_of(expert).loglikelihood_rolling(some, disable_tqdm=disable_tqdm))
+
+        def generate_until(self, requests, disable_tqdm=False):
+            return by_expert(running, document_texts(requests), requests,
+                             lambda expert, some: model_of(expert).generate_until(some, disable_tqdm=disable_tqdm))
+
+    return ByText()
+
+
+def document_texts(requests: Sequence[Any]) -> list[str]:
+    """For each request of lm-eval the text that its document is known by: what its contexts have in common.
+
+    Mostly all requests of a document have one context. Where each choice has its own (winogrande), it is what they
+    begin with, so that no choice decides; contexts without text, which some metrics add, are passed over.
+    """
+    together: dict[Any, list[str]] = {}
+    for request in requests:
+        together.setdefault(_document(request), []).append(request.args[0])
+    shared = {key: commonprefix([text for text in some if text.strip()]) for key, some in together.items()}
+    return [shared[_document(request)] for request in requests]
+
+
+def _document(request: Any) -> tuple[Any, ...]:
+    """What tells a document from others; a request that belongs to none stands for itself."""
+    return (request.task_name, request.doc_id) if request.doc_id is not None else (request.args[0],)
+
+
+def _with_routes(running: Running, batch_size: int) -> Any:
     """The member as lm-eval's own model class, with requests grouped by route before they reach it."""
     from lm_eval.models.huggingface import HFLM
 

@@ -1,4 +1,4 @@
-"""Requests grouped by route, so that the experts a question chose judge all of its answers."""
+"""Requests grouped by who answers them, so that the experts a question chose judge all of its answers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ from glue.kinds import Running
 
 T = TypeVar("T")
 R = TypeVar("R")
+K = TypeVar("K", bound=Hashable)
+
+
+def by_expert(running: Running, contexts: Sequence[str], requests: Sequence[T],
+              run: Callable[[Running, list[T]], list[R]]) -> list[R]:
+    """Let each request be run by the member that answers it; the results stand in the order of the requests.
+
+    contexts  the text that chooses, of each request; the same for all requests that belong together
+    A member that answers everything itself runs all requests at once.
+    """
+    if running.choose is None:
+        return run(running, list(requests))
+    distinct = list(dict.fromkeys(contexts))
+    chosen = dict(zip(distinct, running.choose(distinct), strict=True))
+    return _grouped([chosen[text] for text in contexts], requests, lambda i, some: run(running.experts[i], some))
 
 
 def by_route(running: Running, contexts: Sequence[Sequence[int]], requests: Sequence[T],
@@ -20,15 +35,24 @@ def by_route(running: Running, contexts: Sequence[Sequence[int]], requests: Sequ
     """
     if running.route is None:
         return run(list(requests))
-    assert running.pinned is not None, "a member with routes can be pinned to one"
     seen = [tuple(context[-longest:]) for context in contexts]
     distinct = list(dict.fromkeys(seen))  # the answers to one question share its context
     chosen = dict(zip(distinct, running.route([list(context) for context in distinct]), strict=True))
-    groups: dict[Hashable, list[int]] = {}
-    for k, context in enumerate(seen):
-        groups.setdefault(chosen[context], []).append(k)
-    results: dict[int, R] = {}
-    for route, members in groups.items():
+
+    def inside(route: Hashable, some: list[T]) -> list[R]:
+        assert running.pinned is not None, "a member with routes can be pinned to one"
         with running.pinned(route):
-            results.update(zip(members, run([requests[k] for k in members]), strict=True))
+            return run(some)
+
+    return _grouped([chosen[context] for context in seen], requests, inside)
+
+
+def _grouped(keys: Sequence[K], requests: Sequence[T], run: Callable[[K, list[T]], list[R]]) -> list[R]:
+    """What `run` makes of the requests of each key, in the order of the requests."""
+    groups: dict[K, list[int]] = {}
+    for k, key in enumerate(keys):
+        groups.setdefault(key, []).append(k)
+    results: dict[int, R] = {}
+    for key, places in groups.items():
+        results.update(zip(places, run(key, [requests[k] for k in places]), strict=True))
     return [results[k] for k in range(len(requests))]

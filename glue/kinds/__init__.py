@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -32,6 +32,11 @@ class Running:
         for route, requests in grouped.items():
             with running.pinned(route):
                 ...
+
+    choose   texts of contexts -> the index of the expert that answers each. Set by kinds whose experts have tokenizers
+             of their own: whoever asks them chooses once for a question, and then asks `experts[index]`, which is a
+             running member like any other. None for all other kinds.
+    experts  those experts, loaded when they are first asked for; `model` and `tokenizer` are then nobody's
     """
 
     member: Member
@@ -39,6 +44,12 @@ class Running:
     tokenizer: PreTrainedTokenizerBase
     route: Callable[[list[list[int]]], list[Hashable]] | None = None
     pinned: Callable[[Hashable], AbstractContextManager] | None = None
+    choose: Callable[[Sequence[str]], list[int]] | None = None
+    experts: Sequence[Running] = ()
+
+    def answering(self, text: str) -> Running:
+        """Who answers a question: the expert that its text chooses, or this member itself."""
+        return self if self.choose is None else self.experts[self.choose([text])[0]]
 
 
 def load(member: Member, *, device: str = "cpu", dtype: Dtype = "float32") -> Running:

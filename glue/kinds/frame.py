@@ -71,14 +71,19 @@ def tokenizer_of(member: Member) -> PreTrainedTokenizerBase:
 
 
 def copy_frame(member: Member, folder: Path) -> None:
-    """Put the frame of `member` beside weights that are written already; the configuration says their type."""
+    """Put the frame of `member` beside weights that are written already; the configuration says their type.
+
+    Code that lay beside the member is not brought along, so nothing there asks for it any more.
+    """
     from glue.checkpoint import Checkpoint
 
-    config = config_of(member)
+    config, tokenizer = config_of(member), tokenizer_of(member)
     config.dtype = widest(Checkpoint(folder).headers.values())
+    vars(config).pop("auto_map", None)
+    tokenizer.init_kwargs.pop("auto_map", None)
     config.save_pretrained(folder)
     generation_of(member).save_pretrained(folder)
-    tokenizer_of(member).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def widest(headers: Iterable[Header]) -> torch.dtype:
