@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glue.kinds import Dtype, Running, kinds
-from glue.kinds.frame import tokenizer_of
+from glue.hub import locate
+from glue.kinds import Dtype, Running, kinds, modelling
+from glue.kinds.frame import config_json, tokenizer_of
 from glue.kinds.model import model_of
+from glue.kinds.text_mixture import MODEL_TYPE, by_text
 from glue.member import Member
 
 BATCH_TOKENS = 16_384  # padded tokens that the reader of a mixture sees at once
@@ -19,6 +23,8 @@ BATCH_TOKENS = 16_384  # padded tokens that the reader of a mixture sees at once
 @kinds.add("mixture")
 def mixture(member: Member, *, device: str = "cpu", dtype: Dtype = "float32") -> Running:
     """A mixture with its tokenizer; one that decides by prompt also tells the route of a context and can be pinned."""
+    if config_json(locate(member.path), member.name).get("model_type") == MODEL_TYPE:
+        return by_text(member, device=device, dtype=dtype)
     register()
     loaded: Any = model_of(member, device, dtype)
     tokenizer = tokenizer_of(member)
@@ -29,13 +35,16 @@ def mixture(member: Member, *, device: str = "cpu", dtype: Dtype = "float32") ->
 
 
 def register() -> None:
-    """Teach transformers' auto classes the mixtures of glue. Harmless when repeated."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Teach transformers' auto classes the mixtures in glue/kinds/modelling. Harmless when repeated."""
+    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-    from glue.kinds.modelling.model_mixture import GlueModelMixtureConfig, GlueModelMixtureForCausalLM
-
-    AutoConfig.register(GlueModelMixtureConfig.model_type, GlueModelMixtureConfig, exist_ok=True)
-    AutoModelForCausalLM.register(GlueModelMixtureConfig, GlueModelMixtureForCausalLM, exist_ok=True)
+    for file in sorted(Path(modelling.__path__[0]).glob("*_mixture.py")):
+        module = import_module(f"{modelling.__name__}.{file.stem}")
+        own = [each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__]
+        config, = (each for each in own if issubclass(each, PretrainedConfig))
+        model, = (each for each in own if "config_class" in vars(each))
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)
 
 
 def routes_of(model: Any, empty: int) -> Callable[[list[list[int]]], list[Hashable]]:
@@ -51,19 +60,23 @@ def routes_of(model: Any, empty: int) -> Callable[[list[list[int]]], list[Hashab
         for places, ids, mask in left_padded(new):
             weights = model.gate(ids.to(model.device), mask.to(model.device)).cpu()
             for k, row in zip(places, weights, strict=True):
-                single = model.config.experts_per_prompt == 1
-                known[new[k]] = int(row.argmax()) if single else tuple(row.tolist())
+                single = row.dim() == 1 and model.config.experts_per_prompt == 1
+                known[new[k]] = int(row.argmax()) if single else tuple(row.flatten().tolist())
         return [known[context] for context in asked]
 
     return route
 
 
-def left_padded(rows: list[tuple[int, ...]] | list[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Batches of rows of like length: (places of these rows, token ids [b, s], mask [b, s]), padded on the left."""
+def left_padded(rows: list[tuple[int, ...]] | list[list[int]],
+                tokens: int = BATCH_TOKENS) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Batches of rows of like length: (places of these rows, token ids [b, s], mask [b, s]), padded on the left.
+
+    tokens  that a batch may have, padding included
+    """
     order = sorted(range(len(rows)), key=lambda k: -len(rows[k]))
     while order:
         longest = len(rows[order[0]])
-        count = max(1, BATCH_TOKENS // longest)
+        count = max(1, tokens // longest)
         places, order = order[:count], order[count:]
         ids, mask = torch.zeros(2, len(places), longest, dtype=torch.long)
         for line, k in enumerate(places):

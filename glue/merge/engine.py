@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glue.checkpoint import Header, weights_digest
+from glue.checkpoint import Header, fingerprint, weights_digest
 from glue.errors import CheckpointError, MethodError, did_you_mean
 from glue.family import Choice
 from glue.merge.leaf import Leaf, Source
@@ -185,6 +185,27 @@ class Merge:
                                       f"between '{first.source.name}' and '{other.source.name}'",
                                       fix="drop the odd member")
         return tensor.detach().clone()
+
+
+class Result(Mapping[str, Tensor]):
+    """What a merge makes, as weights: each tensor is made when it is asked for, and kept by nobody."""
+
+    def __init__(self, merge: Merge):
+        self.merge, self.headers = merge.glanced(), merge.headers
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the merged weights; makes all of them once."""
+        return fingerprint(self)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.merge.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.headers)
+
+    def __len__(self) -> int:
+        return len(self.headers)
 
 
 def _finite(numbers: Tensor) -> bool:

@@ -8,8 +8,8 @@ import torch
 from glue.family import families
 from glue.kinds import kinds, load
 from glue.member import Member
-from glue.mix.build import build
-from glue.mix.site import survey
+from glue.mix.levels.model import sites, write
+from glue.mix.parts import Dev, Parts
 
 TEXTS = [[1, 5, 9, 7, 3, 8], [1, 30, 21], [1, 17, 4, 4, 25, 6, 11, 12]]
 
@@ -33,8 +33,9 @@ def an_adapter(tiny, tmp_path) -> tuple[Member, list[Member]]:
 
 def a_mixture(tiny, tmp_path) -> tuple[Member, list[Member]]:
     experts = [tiny("one", seed=5), tiny("two", seed=6, hidden_size=24)]
-    site = survey(experts, ["w5", "w30", "w17"], torch.tensor([[1., 0], [0, 1], [1, 0]]), torch.tensor([0, 1, 0]))
-    build(tmp_path / "mixture", experts, families("routing").choose("linear"), site)
+    parts, dev = Parts(tuple(experts), None, experts[0]), Dev(["w5", "w30", "w17"], torch.eye(2)[[0, 1, 0]],
+                                                              torch.tensor([0, 1, 0]))
+    write(tmp_path / "mixture", parts, [families("routing").choose("linear")(site) for site in sites(parts, dev)])
     member = Member("mixture", "mixture", str(tmp_path / "mixture"))
     return member, [experts[route] for route in load(member).route(TEXTS)]
 

@@ -1,8 +1,13 @@
 """A mixture of whole causal language models: a router reads each prompt once, and the models it chose answer.
 
-Every expert keeps its own embeddings, layers, norm and head, so an expert that gets all the weight answers as it did
-alone. One expert, the reader, also turns the prompt into the state that the router judges: the mean of its hidden
-states over the positions that are not padding. The choice is made when the prompt is read and kept in the cache.
+dense = 0  Every expert keeps its own embeddings, layers, norm and head, so an expert that gets all the weight answers
+           as it did alone. One expert, the reader, turns the prompt into the state that the router judges. A reader
+           that is chosen need not read again; a state from an early layer needs no more than the layers below it.
+dense > 0  Embeddings and the first `dense` layers are one trunk for all experts. It runs once for every row, and the
+           state in which it leaves a prompt is what the router judges. Norms and heads are the experts' own.
+
+That state is the mean over the positions that are not padding. The choice is made when the prompt is read and kept in
+the cache.
 
 Letters: b batch, s sequence, v vocabulary, h hidden size of the reader, e experts, k experts chosen per prompt.
 
@@ -14,14 +19,17 @@ This file needs torch and transformers and nothing else: people without glue loa
 trust_remote_code=True.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     DynamicCache,
     GenerationMixin,
@@ -30,6 +38,8 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .routed import RoutedCache, Router, answering, averaged, chosen, only, positions
 
 TAKEN_FROM_READER = ("vocab_size", "hidden_size", "num_hidden_layers", "bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -40,18 +50,24 @@ class GlueModelMixtureConfig(PretrainedConfig):
     experts             configuration of each expert as plain data, model_type included
     experts_per_prompt  how many of them answer a prompt
     reader              index of the expert whose hidden states the router judges
-    layer               which of them: an index of hidden_states; -1 is the last, after the final norm
+    layer               which of them: an index of hidden_states; -1 is the last, after the final norm. A low one
+                        spares the layers above it when a prompt is read
     router_width        hidden units of the router; 0 is a linear router
     router_temperature  divides the router's logits; changes weights, never the order of experts
+    dense               so many layers are the trunk's; reader and layer then only say whose shape the trunk has
     """
 
     model_type = "glue_model_mixture"
     _auto_class = "AutoConfig"
+    dense = 0
 
     def __init__(self, experts: Sequence[dict] = (), experts_per_prompt: int = 1, reader: int = 0, layer: int = -1,
-                 router_width: int = 0, router_temperature: float = 1.0, **kwargs):
+                 router_width: int = 0, router_temperature: float = 1.0,
+                 dense: int = 0, **kwargs):
         self.experts, self.experts_per_prompt = [dict(expert) for expert in experts], experts_per_prompt
         self.reader, self.layer = reader, layer
+        if dense:  # else it is not written down, and what holds whole experts stays the same file
+            self.dense = dense
         self.router_width, self.router_temperature = router_width, router_temperature
         if self.experts:
             known = [AutoConfig.for_model(**expert) for expert in self.experts]
@@ -69,87 +85,44 @@ class GlueModelMixtureOutput(CausalLMOutputWithPast):
     routes: Tensor | None = None
 
 
-class RoutedCache(Cache):
-    """One cache per expert, holding the rows that this expert answers, with the weights decided for every row.
-
-    weights  [b, e]; never change once a prompt was read
-    """
-
-    def __init__(self, weights: Tensor, experts: Sequence[PreTrainedModel]):
-        super().__init__(layers=[])
-        self.weights = weights
-        self.slots = [DynamicCache(config=expert.config) for expert in experts]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens read so far; the same for every expert that has rows."""
-        return max(slot.get_seq_length() for slot in self.slots)
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1, which is no limit."""
-        return -1
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, in this order; a row may be kept more than once."""
-        indices = indices.to(self.weights.device)
-        for weight, slot in zip(self.weights.unbind(1), self.slots, strict=True):
-            place = torch.where(weight > 0, (weight > 0).cumsum(0) - 1, -1)[indices]
-            slot.batch_select_indices(place[place >= 0])
-        self.weights = self.weights[indices]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was; beam search asks for this."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row several times, one after the other."""
-        rows = torch.arange(len(self.weights), device=self.weights.device)
-        self.batch_select_indices(rows.repeat_interleave(repeats))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; their number is given negative, as transformers does."""
-        for slot in self.slots:
-            slot.crop(tokens_to_remove)
-
-    def reset(self) -> None:
-        """Forget all tokens; routes stay."""
-        for slot in self.slots:
-            slot.reset()
-
-    @property
-    def batch_size(self) -> int:
-        """Rows."""
-        return len(self.weights)
-
-    @property
-    def is_croppable(self) -> bool:
-        """Whether `crop` leaves no trace."""
-        return all(slot.is_croppable for slot in self.slots)
+def instead(module: nn.Module, forward: Callable | None = None, **children: nn.Module) -> Any:
+    """A copy that shares every weight and does something else when called; the module stays as it is."""
+    other = copy(module)
+    other._modules = {**module._modules, **children}
+    if forward is not None:
+        other.forward = forward
+    return other
 
 
-class Router(nn.Module):
-    """Pooled states [b, h] -> logits [b, e]: standardise, one hidden layer if it has a width, one linear map."""
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, hidden: int, experts: int, width: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(hidden))
-        self.register_buffer("scale", torch.ones(hidden))
-        self.inner = nn.Linear(hidden, width) if width else None
-        self.outer = nn.Linear(width or hidden, experts)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """[b, h] -> [b, e]"""
-        state = (pooled.to(self.mean) - self.mean) / self.scale
-        if self.inner is not None:
-            state = self.inner(state).relu()
-        return self.outer(state)
+class Reached(Exception):
+    """Leaves a model at the layer that is not wanted any more, and takes the state along."""
 
 
-def positions(attention_mask: Tensor, length: int) -> Tensor:
-    """Position of each of the last `length` tokens, padding not counted. [b, s] -> [b, length]"""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+def entering(model: Any, layer: int, **asked) -> Tensor:
+    """hidden_states[layer] of a model without a head; the layers from there on do not run. -> [b, s, h]"""
+    def stop(hidden_states: Tensor, *_, **__):
+        raise Reached(hidden_states)
+
+    count = model.config.num_hidden_layers
+    if layer == count:
+        return model(**asked).last_hidden_state
+    stacks = {name: child for name, child in model.named_children() if isinstance(child, nn.ModuleList)}
+    name = next((name for name, stack in stacks.items() if len(stack) == count), None)
+    if name is None:  # the layers lie deeper
+        return model(**asked, output_hidden_states=True).hidden_states[layer]
+    short = nn.ModuleList([*stacks[name][:layer], instead(stacks[name][layer], stop)])
+    try:
+        instead(model, **{name: short})(**asked)
+    except Reached as reached:
+        return reached.args[0]
+    raise RuntimeError(f"{type(model).__name__} does not go through its {name} one by one")
+
+
+def said(model: PreTrainedModel, read: Any, rows: Tensor) -> PreTrainedModel:
+    """A model that need not read any more: it was read already for more rows than these, and only the head runs."""
+    read = copy(read)
+    read["last_hidden_state"] = only(rows, read.last_hidden_state)
+    return instead(model, **{model.base_model_prefix: instead(model.base_model, lambda *_, **__: read)})
 
 
 def pooled(reader: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, layer: int,
@@ -157,19 +130,9 @@ def pooled(reader: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | 
     """Mean hidden state of each prompt over the tokens that are not padding, in fp32. [b, s] -> [b, h]"""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     where = positions(mask, input_ids.shape[1]) if position_ids is None else position_ids
-    output = reader.base_model(input_ids=input_ids, attention_mask=mask, position_ids=where, use_cache=False,
-                               output_hidden_states=layer != -1)
-    state = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
-    share = mask.to(state.device, torch.float32).unsqueeze(-1)
-    return (state.float() * share).sum(1) / share.sum(1).clamp(min=1)
-
-
-def chosen(logits: Tensor, k: int) -> Tensor:
-    """Router logits to weights: softmax, the k largest (the first among equals), renormalised. [b, e] -> [b, e]"""
-    weights = logits.float().softmax(-1)
-    order = weights.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    kept = torch.zeros_like(weights).scatter(1, order, weights.gather(1, order))
-    return kept / kept.sum(-1, keepdim=True)
+    state = entering(reader.base_model, layer % (reader.config.num_hidden_layers + 1), input_ids=input_ids,
+                     attention_mask=mask, position_ids=where, use_cache=False)
+    return averaged(state, mask)
 
 
 def blended(weights: Tensor, parts: Sequence[tuple[int, Tensor, Tensor]]) -> Tensor:
@@ -180,10 +143,15 @@ def blended(weights: Tensor, parts: Sequence[tuple[int, Tensor, Tensor]]) -> Ten
     first = parts[0][2]
     if len(parts) == 1:
         return first  # one expert answers every row
-    alone = (weights > 0).sum(1) == 1
     shape = (len(weights), *first.shape[1:])
+    if sum(len(rows) for _, rows, _ in parts) == len(weights):  # each row has one expert
+        out = first.new_empty(shape)
+        for _, rows, logits in parts:
+            out[rows] = logits
+        return out
+    alone = (weights > 0).sum(1) == 1
     out = first.new_zeros(shape)
-    mixed = first.new_full(shape if not alone.all() else (0,), -torch.inf, dtype=torch.float32)
+    mixed = first.new_full(shape, -torch.inf, dtype=torch.float32)
     level = first.new_zeros((*shape[:2], 1), dtype=torch.float32)
     for i, rows, logits in parts:
         one = alone[rows]
@@ -194,9 +162,30 @@ def blended(weights: Tensor, parts: Sequence[tuple[int, Tensor, Tensor]]) -> Ten
             norm = wide.logsumexp(-1, keepdim=True)
             mixed[several] = torch.logaddexp(mixed[several], share.log() + wide - norm)
             level[several] += share * norm
-    if not alone.all():
-        out[~alone] = (mixed + level)[~alone].to(out)
+    out[~alone] = (mixed + level)[~alone].to(out)
     return out
+
+
+def lower(expert: dict, count: int, **kind) -> PreTrainedModel:
+    """Embeddings and the first layers of a model, without the norm that follows its last."""
+    model = AutoModel.from_config(cut(expert, slice(count)), **kind)
+    model.norm = nn.Identity()
+    return model
+
+
+def upper(expert: dict, start: int, **kind) -> PreTrainedModel:
+    """The layers from `start` on, norm and head: a model that reads states, not tokens."""
+    model = AutoModelForCausalLM.from_config(cut(expert, slice(start, None)), **kind)
+    model.base_model.embed_tokens = None
+    return model
+
+
+def cut(expert: dict, layers: slice) -> PretrainedConfig:
+    """The configuration of a model that has these layers only, and a head of its own."""
+    whole = AutoConfig.for_model(**expert)
+    kinds = getattr(whole, "layer_types", None)
+    part = {**expert, "num_hidden_layers": len(range(whole.num_hidden_layers)[layers]), "tie_word_embeddings": False}
+    return AutoConfig.for_model(**part, **({"layer_types": kinds[layers]} if kinds else {}))
 
 
 class GlueModelMixtureForCausalLM(PreTrainedModel, GenerationMixin):
@@ -211,9 +200,12 @@ class GlueModelMixtureForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         asked = config._attn_implementation
         kind = {} if asked in (None, "sdpa") else {"attn_implementation": asked}
+        if config.dense:
+            self.trunk = lower(config.experts[config.reader], config.dense, **kind)
         for i, expert in enumerate(config.experts):
             # direct children, not a ModuleList: transformers gathers tied weights and the like from children only
-            self.add_module(f"expert_{i}", AutoModelForCausalLM.from_config(AutoConfig.for_model(**expert), **kind))
+            self.add_module(f"expert_{i}", upper(expert, config.dense, **kind) if config.dense else
+                            AutoModelForCausalLM.from_config(AutoConfig.for_model(**expert), **kind))
         hidden = self.experts[config.reader].config.hidden_size
         self.router = Router(hidden, len(config.experts), config.router_width)
         self._pin: Tensor | None = None
@@ -225,8 +217,8 @@ class GlueModelMixtureForCausalLM(PreTrainedModel, GenerationMixin):
         return [getattr(self, f"expert_{i}") for i in range(len(self.config.experts))]
 
     def get_input_embeddings(self) -> nn.Module:
-        """Those of the reader."""
-        return self.experts[self.config.reader].get_input_embeddings()
+        """Those of the trunk, or of the reader."""
+        return (self.trunk if self.config.dense else self.experts[self.config.reader]).get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Refused: there is no one table to set."""
@@ -240,10 +232,21 @@ class GlueModelMixtureForCausalLM(PreTrainedModel, GenerationMixin):
     def gate(self, input_ids: Tensor, attention_mask: Tensor | None = None,
              position_ids: Tensor | None = None) -> Tensor:
         """The weight of each expert for each prompt; k of them are not zero. [b, s] -> [b, e]"""
-        reader = self.experts[self.config.reader]
-        states = pooled(reader, input_ids, attention_mask, self.config.layer, position_ids)
-        logits = self.router(states.to(self.router.outer.weight.device)) / self.config.router_temperature
-        return chosen(logits, self.config.experts_per_prompt).to(input_ids.device)
+        reader, layer = (self.trunk, -1) if self.config.dense else (self.experts[self.config.reader], self.config.layer)
+        state = pooled(reader, input_ids, attention_mask, layer, position_ids)
+        return self._judged(state).to(input_ids.device)
+
+    @property
+    def _reads_all(self) -> bool:
+        """Whether the router judges the state in which the reader's last layer leaves a prompt."""
+        count = self.experts[self.config.reader].config.num_hidden_layers
+        return self.config.layer % (count + 1) == count
+
+    @torch.no_grad()
+    def _judged(self, state: Tensor) -> Tensor:
+        """The weights [b, e] of prompts in this state [b, h]."""
+        logits = self.router(state.to(self.router.outer.weight.device)) / self.config.router_temperature
+        return chosen(logits, self.config.experts_per_prompt)
 
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None,
               position_ids: Tensor | None = None) -> Tensor:
@@ -286,34 +289,51 @@ class GlueModelMixtureForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"the attention mask is [b, s]; this has shape {tuple(attention_mask.shape)}")
         b, s = input_ids.shape
+        weights = None
         if past_key_values is not None:
             weights = past_key_values.weights
         elif routes is not None:
             weights = self._weights(routes).to(input_ids.device)
         elif self._pin is not None:
             weights = self._pin.to(input_ids.device).expand(b, -1)
-        else:
-            weights = self.gate(input_ids, attention_mask, position_ids)
-        if len(weights) != b:
+        if weights is not None and len(weights) != b:
             raise ValueError(f"{b} prompts, but routes for {len(weights)}")
-        if use_cache and past_key_values is None:
-            past_key_values = RoutedCache(weights, self.experts)
         if position_ids is None and attention_mask is not None:
             position_ids = positions(attention_mask, s)
         if position_ids is not None:
             position_ids = position_ids.expand(b, -1)
 
+        dense, reader = self.config.dense, self.config.reader
+        asked = {"attention_mask": attention_mask, "position_ids": position_ids}
+        first: Any = None  # what every row goes through, and its cache
+        slot: Cache | None = None
+        if dense or (weights is None and self._reads_all):
+            model = self.trunk if dense else self.experts[reader].base_model
+            if past_key_values is not None:
+                slot = past_key_values.trunk
+            elif use_cache:
+                slot = DynamicCache(config=model.config)
+            first = model(input_ids=input_ids, **asked, past_key_values=slot, use_cache=slot is not None)
+        if weights is None and first is not None:
+            weights = self._judged(averaged(first.last_hidden_state, attention_mask)).to(input_ids.device)
+        elif weights is None:
+            weights = self.gate(input_ids, attention_mask, position_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = RoutedCache(weights, self.experts, slot if dense else None)
+            if slot is not None and not dense:
+                past_key_values.adopt(reader, slot)
+
         parts = []
-        for i, expert in enumerate(self.experts):
-            rows = weights[:, i].nonzero()[:, 0]
-            if len(rows):
-                output = expert(
-                    input_ids=input_ids[rows],
-                    attention_mask=None if attention_mask is None else attention_mask[rows],
-                    position_ids=None if position_ids is None else position_ids[rows],
-                    past_key_values=None if past_key_values is None else past_key_values.slots[i],
-                    use_cache=past_key_values is not None, logits_to_keep=logits_to_keep)
-                parts.append((i, rows, output.logits.to(input_ids.device)))
+        for i, rows in answering(weights) if past_key_values is None else past_key_values.rows:
+            expert, given = self.experts[i], {"input_ids": only(rows, input_ids)}
+            if dense:
+                given = {"inputs_embeds": only(rows, first.last_hidden_state)}
+            elif first is not None and i == reader:
+                expert = said(expert, first, rows)
+            output = expert(**given, **{name: only(rows, tensor) for name, tensor in asked.items()},
+                            past_key_values=None if past_key_values is None else past_key_values.slots[i],
+                            use_cache=past_key_values is not None, logits_to_keep=logits_to_keep)
+            parts.append((i, rows, output.logits.to(input_ids.device)))
         logits = blended(weights, parts)
         loss = None
         if labels is not None:

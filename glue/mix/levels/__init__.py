@@ -1,0 +1,1 @@
+"""How models are joined, one level a file; see parts.py for what each offers."""
