@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
-from glue.errors import RecipeError
+from glue.errors import GlueError, RecipeError
 from glue.evaluate.statistics import Interval, average, difference
+from glue.kinds.size import Size, size
 from glue.member import Member, Score, Table
 from glue.plan import Plan
+from glue.steps.evaluate import SPEED_NOTE
 from glue.steps.search import SEARCH_NOTE
 
 
@@ -21,6 +24,7 @@ class Row:
 
     tasks   shares of 1 by task          mean  their unweighted mean with its interval
     others  further names of the same member: what a search found may be a member as it is
+    size    its parameters, and pace, tokens a second, where the table was made with  speed: true
     """
 
     member: str
@@ -30,6 +34,8 @@ class Row:
     tasks: dict[str, float]
     seen: bool
     results: dict[str, np.ndarray]
+    size: Size | None = None
+    pace: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def leaderboard(plan: Plan) -> Leaderboard:
     if asked is None:
         raise RecipeError(f"{plan.recipe.file} shows no board", fix="add  board: {table: NAME of an evaluate line}")
     table = plan[asked.table]
-    rows = rows_of(Table.read(table), plan)
+    rows = rows_of(table, plan)
     by_name = {name: row for row in rows for name in (row.member, *row.others)}
     claims = tuple(_claim(plan, claim, by_name) for claim in asked.claims)
     first = next((claim for claim in asked.claims if claim.get("better") == asked.headline), None)
@@ -95,27 +101,37 @@ def leaderboard(plan: Plan) -> Leaderboard:
 
 def plain(plan: Plan, table: Member) -> Leaderboard:
     """The rows of a table that no recipe says anything about."""
-    rows = rows_of(Table.read(table), plan)
+    rows = rows_of(table, plan)
     return Leaderboard(table.note, _items(rows[0]), rows, (), "")
 
 
-def rows_of(table: Table, plan: Plan) -> tuple[Row, ...]:
+def rows_of(table: Member, plan: Plan) -> tuple[Row, ...]:
     """Scores as rows, best first; the same member under several names is one row."""
     by_digest: dict[str, dict[str, list[Score]]] = {}
-    for score in table.rows:
+    paces = json.loads(note.read_text()) if (note := table.folder / SPEED_NOTE).exists() else {}
+    for score in Table.read(table).rows:
         by_digest.setdefault(score.digest, {}).setdefault(score.member, []).append(score)
-    kinds = {member.name: member.kind for member in plan.zoo}
+    known = {member.name: member for member in plan.zoo}
     rows = []
-    for by_name in by_digest.values():
+    for digest, by_name in by_digest.items():
         # its own name is the one from outside this recipe, where it has one
         names = sorted(by_name, key=lambda name: name.startswith(f"{plan.recipe.name}/"))
         scores = by_name[names[0]]
         results = {score.task: np.asarray(score.results) for score in scores}
         seen = any(score.seen_by_search for some in by_name.values() for score in some)
         shown = [_shown(name, plan) for name in names]
-        rows.append(Row(shown[0], tuple(shown[1:]), kinds.get(names[0], ""), average(results),
-                        {score.task: score.value for score in scores}, seen, results))
+        member = known.get(names[0])
+        rows.append(Row(shown[0], tuple(shown[1:]), member.kind if member else "", average(results),
+                        {score.task: score.value for score in scores}, seen, results,
+                        _size(member) if paces and member else None, paces.get(digest)))
     return tuple(sorted(rows, key=lambda row: (-row.mean.value, row.member)))
+
+
+def _size(member: Member) -> Size | None:
+    """How large a member is; None where its files are gone."""
+    with suppress(GlueError):
+        return size(member)
+    return None
 
 
 def _searches(plan: Plan, rows: dict[str, Row]) -> tuple[Searched, ...]:
@@ -170,19 +186,32 @@ def _items(row: Row) -> int:
     return sum(len(results) for results in row.results.values())
 
 
+def costs(board: Leaderboard) -> dict[str, Callable[[Row], str]]:
+    """Columns about what members cost, where they differ in it or it was measured: heading -> what a row says."""
+    found: dict[str, Callable[[Row], str]] = {}
+    if any(row.size for row in board.rows):
+        found["parameters"] = lambda row: f"{row.size.whole / 1e6:,.1f}M" if row.size else ""
+        found["active"] = lambda row: f"{row.size.active / 1e6:,.1f}M" if row.size else ""
+    if any(row.pace for row in board.rows):
+        found["tokens/s"] = lambda row: f"{row.pace:,.0f}" if row.pace else ""
+    return found
+
+
 def markdown(board: Leaderboard) -> Iterator[str]:
     """The board as lines of Markdown."""
     tasks = list(board.rows[0].tasks)
     yield f"### {board.title}"
     yield ""
-    yield f"| member | type | mean of tasks, 95 % interval | {' | '.join(tasks)} |"
-    yield f"|---|---|---|{'---|' * len(tasks)}"
+    more = costs(board)
+    yield f"| member | type | mean of tasks, 95 % interval | {' | '.join([*tasks, *more])} |"
+    yield f"|---|---|---|{'---|' * (len(tasks) + len(more))}"
     for row in board.rows:
         seen = " (searched on these items)" if row.seen else ""
         mean = f"**{row.mean.value * 100:.1f}** [{row.mean.low * 100:.1f}, {row.mean.high * 100:.1f}]"
         others = f" = {' = '.join(row.others)}" if row.others else ""
         yield f"| {row.member}{others}{seen} | {row.kind} | {mean} | " + \
-            " | ".join(f"{row.tasks[task] * 100:.0f}" for task in tasks) + " |"
+            " | ".join([*(f"{row.tasks[task] * 100:.0f}" for task in tasks),
+                        *(tell(row) for tell in more.values())]) + " |"
     if board.searches:
         yield ""
         yield "| search | answers asked for | candidates | where it searched | here |"

@@ -272,6 +272,24 @@ def zoo_align(member: str, out: Annotated[Path, typer.Argument(help="The folder 
 
 
 @zoo_app.command()
+def routes(table: Annotated[str, typer.Argument(help="What a routing step has left.")],
+           picture: Annotated[Path | None, typer.Option(help="Draw it: routes.svg, or routes.png.")] = None,
+           zoo: ZooFile = HERE, as_json: Json = False) -> None:
+    """Show whom mixtures ask for what, how evenly, and what a better choice would score."""
+    from glue.report.drawing import check, save
+    from glue.report.routing import picture as drawn
+    from glue.report.routing import read
+    from glue.show.routes import print_routes
+
+    if picture:
+        check(picture)
+    reports = read(_zoo(zoo)[table])
+    if picture:
+        save(drawn(reports), picture)
+    print_routes(reports, as_json)
+
+
+@zoo_app.command()
 def add(path: Annotated[str, typer.Argument(help="A folder, or owner/name[@revision] on the hub.")],
         name: Annotated[str | None, typer.Option(help="Default: the last part of the path.")] = None,
         kind: str = "model", base: Annotated[str | None, typer.Option(help="The member it derives from.")] = None,

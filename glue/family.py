@@ -326,7 +326,9 @@ def _type_words(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     elif get_origin(annotation) is list:
         words = f"a list ({_type_words(parts[0])} each)"
     elif get_origin(annotation) is dict:
-        words = f"a mapping (to {_type_words(parts[1])} each)"
+        keys = " or ".join(get_args(parts[0])) if get_origin(parts[0]) is Literal else ""
+        told = _type_words(parts[1])
+        words = f"a mapping ({keys}: {told})" if keys else f"a mapping (to {told} each)"
     else:
         words = "a value"
     limits = " and ".join(dict.fromkeys(_limits(metadata)))

@@ -14,7 +14,7 @@ import torch
 
 from glue.docs import main, pages
 from glue.errors import GlueError
-from glue.member import Member
+from glue.member import Member, Table
 from glue.plan import make_plan
 from glue.recipe import read_recipe
 from glue.run import run
@@ -132,7 +132,7 @@ def test_every_link_leads_somewhere(page):
 
 def test_the_tree_in_the_readme_is_the_tree():
     tree = next(block for block in blocks(README, "text") if block.startswith("glue/\n"))
-    inner = {"glue/", "methods/", "mergekit/", "strategies/", "routers/"}
+    inner = {"glue/", "methods/", "mergekit/", "strategies/", "levels/", "routers/"}
     told = set(re.findall(r"\b\w+(?:\.py|/)", tree.split("recipes/ ")[0])) - inner
     there = {path.name + "/" * path.is_dir() for path in (ROOT / "glue").iterdir() if not path.name.startswith("__")}
     assert told == there
@@ -178,11 +178,23 @@ def test_the_zoos_of_the_paper_are_as_large_as_their_names_say(tmp_path):
     assert {member.base.path for member in zoo.select("tag:which12")} == {"hub:meta-llama/Llama-2-7b-hf"}
 
 
-@pytest.mark.parametrize("recipe, count", [("which16", 16), ("which4-chat", 5)])
+def ask(zoo: Zoo, folder: Path) -> None:
+    """One question for each benchmark of the paper that a suite can ask."""
+    shutil.copytree(ROOT / "benchmarks" / "suites", folder / "benchmarks" / "suites")
+    for name in ("arc_challenge", "winogrande", "mmlu"):
+        (folder / name).mkdir()
+        for split in ("dev", "test"):
+            (folder / name / f"{split}.jsonl").write_text('{"question": "w3", "choices": ["w4", "w5"], "gold": 0, '
+                                                          '"answer": "w4"}\n')
+        zoo.add(Member(name, "dataset", str(folder / name)))
+
+
+@pytest.mark.parametrize("recipe, count", [("which16", 16), ("which4-chat", 5), ("which4-domain", 4)])
 def test_models_of_the_paper_that_are_missing_are_told_in_one_short_error(tmp_path, cache, recipe, count):
     zoo = copied(tmp_path, "zoo.yaml", "recipes")
+    ask(zoo, tmp_path)
     with pytest.raises(GlueError) as wrong:
-        make_plan(read_recipe(tmp_path / "recipes" / "paper" / f"{recipe}.yaml"), zoo)
+        make_plan(read_recipe(tmp_path / "recipes" / "paper" / f"{recipe.replace('-', '_')}.yaml"), zoo)
     told = str(wrong.value)
     assert f"{count} members are not on this machine" in told
     assert len(told.splitlines()) == count + 2 and max(map(len, told.splitlines())) < 200
@@ -201,32 +213,41 @@ def test_the_command_line_tells_of_missing_models_without_a_traceback(tmp_path):
     assert done.stderr.count("hf download") == 16 and "Traceback" not in done.stderr
 
 
-def test_the_zoo_of_sixteen_clusters_and_merges_with_stand_ins(tmp_path, paper):
+def test_the_zoo_of_sixteen_clusters_merges_and_joins_with_stand_ins(tmp_path, paper):
+    ask(paper, tmp_path)
     recipe = read_recipe(tmp_path / "recipes" / "paper" / "which16.yaml")
     before = {task.name: task.state for task in make_plan(recipe, paper)}
-    assert before == {"which16/families": "ready", **dict.fromkeys(
-        (f"which16/{name}" for name in ("linear", "task_arithmetic", "ties", "dare_ties")), "deferred")}
+    assert before.pop("which16/families") == "ready" and set(before.values()) <= {"deferred", "waiting"}
     made = run(recipe, paper, Workers(0))
     families = {element.name: len(element.members) for element in made["families"].elements}
     assert families == {"Llama-2-7b-hf": 12, "CodeLlama-7b-Instruct-hf": 3, "CrystalChat": 1}
     assert made["ties/Llama-2-7b-hf"].base.name == "Llama-2-7b-hf"
     assert made["ties/CrystalChat"].path == paper["CrystalChat"].path
+    assert made["glued"].kind == "mixture" and len(Table.read(made["scored"]).rows) == 3 * (7 + 12)
 
 
 def test_the_four_chat_models_can_be_planned_with_stand_ins(tmp_path, paper):
-    plan = make_plan(read_recipe(tmp_path / "recipes" / "paper" / "which4-chat.yaml"), paper)
-    assert [task.state for task in plan] == ["ready"] * 4
-    assert [len(task.inputs) for task in plan] == [4, 5, 5, 5]
+    ask(paper, tmp_path)
+    plan = make_plan(read_recipe(tmp_path / "recipes" / "paper" / "which4_chat.yaml"), paper)
+    assert [task.state for task in plan] == ["ready"] * 4 + ["waiting"] * 2 + ["ready", "waiting"]
+    assert [len(task.inputs) for task in plan][:4] == [4, 5, 5, 5]
+
+
+def test_the_four_specialists_are_joined_with_the_words_of_the_paper(tmp_path, paper):
+    ask(paper, tmp_path)
+    recipe = read_recipe(tmp_path / "recipes" / "paper" / "which4_domain.yaml")
+    plan = {task.line.name: task for task in make_plan(recipe, paper)}
+    mixed = {name: task.choice.params for name, task in plan.items() if task.step == "mix"}
+    assert {(told["level"], told["dense_layers"]) for told in mixed.values()} == {
+        ("ffn", 0), ("ffn", 16), ("block", 16), ("model", 16), ("model", 0)}
+    experts = {member.name for member in paper.select("tag:which4-domain")}
+    assert all(set(told["router"].params["prompts"]) == experts for told in mixed.values())
+    assert {name: told["router"].params["top_k"] for name, told in mixed.items()} == {
+        "ffn": 2, "ffn-hybrid": 2, "ffn-sentence": 1, "block-hybrid": 1, "model-hybrid": 1, "model": 1}
 
 
 def test_the_zoo_of_twelve_is_searched_with_the_settings_of_the_paper(tmp_path, paper):
-    shutil.copytree(ROOT / "benchmarks" / "suites", tmp_path / "benchmarks" / "suites")
-    for name in ("arc_challenge", "winogrande", "mmlu"):
-        (tmp_path / name).mkdir()
-        for split in ("dev", "test"):
-            (tmp_path / name / f"{split}.jsonl").write_text('{"question": "w3", "choices": ["w4", "w5"], "gold": 0, '
-                                                            '"answer": "w4"}\n')
-        paper.add(Member(name, "dataset", str(tmp_path / name)))
+    ask(paper, tmp_path)
     recipe = read_recipe(tmp_path / "recipes" / "paper" / "which12.yaml")
     plan = {task.line.name: task for task in make_plan(recipe, paper)}
     families = plan.pop("families").choice.params

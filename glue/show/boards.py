@@ -10,7 +10,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table as Grid
 
-from glue.board import Leaderboard, leaderboard, markdown
+from glue.board import Leaderboard, costs, leaderboard, markdown
 from glue.files import write_aside
 from glue.plan import Plan
 from glue.show.terminal import console
@@ -45,8 +45,9 @@ def _grid(board: Leaderboard) -> Grid:
     grid.add_column("95 %", style="dim", no_wrap=True)
     grid.add_column("")
     best = {task: max(row.tasks[task] for row in board.rows) for task in tasks}
-    for task in tasks:
-        grid.add_column(task, justify="right")
+    more = costs(board)
+    for heading in (*tasks, *more):
+        grid.add_column(heading, justify="right")
     for rank, row in enumerate(board.rows, start=1):
         cells = [f"[{'bold green' if row.tasks[task] == best[task] else 'default'}]{row.tasks[task] * 100:.0f}[/]"
                  for task in tasks]
@@ -55,7 +56,8 @@ def _grid(board: Leaderboard) -> Grid:
         others += f" and {len(row.others) - 2} more" if len(row.others) > 2 else ""
         name = f"[{'dim' if row.seen else 'default'}]{escape(row.member)}{'*' if row.seen else ''}[/]"
         grid.add_row(str(rank), f"{name}[dim]{escape(others)}[/]", row.kind, f"{row.mean.value * 100:.1f}",
-                     f"{row.mean.low * 100:.1f}-{row.mean.high * 100:.1f}", f"[cyan]{bar}[/]", *cells)
+                     f"{row.mean.low * 100:.1f}-{row.mean.high * 100:.1f}", f"[cyan]{bar}[/]", *cells,
+                     *(f"[dim]{tell(row)}[/]" for tell in more.values()))
     if any(row.seen for row in board.rows):
         grid.caption = "* a search of its lineage has seen these items"
     return grid
@@ -98,5 +100,7 @@ def board_data(board: Leaderboard) -> dict[str, Any]:
             "searches": [{"search": search.name, "items": search.items, "candidates": search.candidates,
                           "found": search.found, "mean": search.mean.value} for search in board.searches],
             "rows": [{"member": row.member, "others": list(row.others), "kind": row.kind, "mean": row.mean.value,
-                      "low": row.mean.low, "high": row.mean.high, "tasks": row.tasks, "seen": row.seen}
+                      "low": row.mean.low, "high": row.mean.high, "tasks": row.tasks, "seen": row.seen,
+                      "parameters": row.size and row.size.whole, "active": row.size and row.size.active,
+                      "tokens_per_second": row.pace}
                      for row in board.rows]}

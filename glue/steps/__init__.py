@@ -73,9 +73,9 @@ class Measured:
 
     def ask(self, running: Running) -> dict[str, np.ndarray]:
         """Task -> results [items] of whatever runs, by the fast scorer."""
-        from glue.evaluate.fast import prepare, score
+        from glue.evaluate.fast import ask
 
-        return score(running, prepare(running.tokenizer, self.suite.tasks, self.items()))
+        return ask(running, self.suite.tasks, self.items())
 
     def folders(self) -> dict[str, Path]:
         """Name of a dataset, as the suite says it, -> its folder."""

@@ -12,11 +12,16 @@ from glue.member import Member, Score, Table, canonical
 from glue.steps import Job, Made, ManyThatRun, Measured, OnSuite, steps
 
 HARNESS = "lm-eval 0.4"
+SPEED_NOTE = "speed.json"  # beside a table: digest of a member -> tokens a second
 
 
 @steps.add("evaluate", makes="table", named=True)
-def evaluate(job: Job, *, members: ManyThatRun, suite: OnSuite) -> Made:
-    """Every member on every task of the suite, item by item. What was measured before is not measured again."""
+def evaluate(job: Job, *, members: ManyThatRun, suite: OnSuite, speed: bool = False) -> Made:
+    """Every member on every task of the suite, item by item. What was measured before is not measured again.
+
+    speed  also time each member alone as it writes after the first question, with one thread; it is noted beside the
+           table and is no part of it, since it is different every time
+    """
     from glue.evaluate.suite import write_tasks
 
     folder = job.shared / "tasks" / f"{suite.suite.name}-{_mark(suite)}"
@@ -40,7 +45,20 @@ def evaluate(job: Job, *, members: ManyThatRun, suite: OnSuite) -> Made:
     job.workers.map("glue.steps.evaluate:work", [(member, folder, names) for member in missing], each=keep)
     Table(tuple(replace(known[key], member=member.name, seen_by_search=known[key].split in member.seen)
                 for member in members for key in _keys(member, suite, digests))).write(job.folder)
+    if speed:
+        question = next(iter(suite.items().values()))[0].question
+        paces = {member.digest: job.workers.call("glue.steps.evaluate:timed", member, question)
+                 for member in asked.values()}
+        (job.folder / SPEED_NOTE).write_text(json.dumps(paces, indent=1))
     return Made("table", note=f"{len(members)} members on {suite.suite.name}:{suite.split}")
+
+
+def timed(member: Member, question: str) -> float:
+    """In a worker: tokens a second."""
+    from glue.kinds import load
+    from glue.kinds.text import pace
+
+    return pace(load(member), question)
 
 
 def work(member: Member, tasks: Path, names: list[str]) -> list[list[float]]:
