@@ -3,6 +3,7 @@
     python -m benchmarks.speed merge [--shape 1b1] [--methods linear,ties] [--json FILE]    measures
     python -m benchmarks.speed search [--shape 160m] [--zoo zoo.yaml] [--json FILE]         measures candidates
     python -m benchmarks.speed similarity [--shape 160m] [--members 8,16] [--json FILE]     measures comparisons
+    python -m benchmarks.speed mixtures [--shape 160m] [--levels model,block] [--json FILE] measures mixtures
     python -m benchmarks.speed table FILE.json ... [--into README.md [--check]]             prints, or fills a page
 """
 
@@ -80,6 +81,13 @@ def similarity(given: argparse.Namespace) -> int:
     return main(given)
 
 
+def mixtures(given: argparse.Namespace) -> int:
+    """Measure how fast mixtures answer, beside dense models of the same shape, and what building them takes."""
+    from benchmarks.speed.mixtures import main
+
+    return main(given)
+
+
 def table(given: argparse.Namespace) -> int:
     """Print the tables of some results, or put them into a page."""
     if not given.into:
@@ -117,7 +125,7 @@ def _warm(folder: Path, bench: Bench) -> None:
     tiny.row(Row("linear", base="none", passes=1))
 
 
-WHAT = {"merge": merge, "search": search, "similarity": similarity, "table": table}
+WHAT = {"merge": merge, "search": search, "similarity": similarity, "mixtures": mixtures, "table": table}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,6 +158,19 @@ def _parser() -> argparse.ArgumentParser:
     alike.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "glue-speed",
                        help="where models are made and kept")
     alike.add_argument("--json", type=Path, help="write results here")
+    mixed = what.add_parser("mixtures", help="measure mixtures beside dense models of the same shape")
+    mixed.add_argument("--shape", choices=[*SHAPES], default="160m", help="of the experts (160m)")
+    mixed.add_argument("--levels", default="", help="model, block, ffn, sentence, with commas between; all")
+    mixed.add_argument("--experts", type=int, default=3, help="how many are mixed (3)")
+    mixed.add_argument("--rounds", type=int, default=5, help="of both sides for each row (5)")
+    mixed.add_argument("--prompt", type=int, default=128, help="tokens of a prompt (128)")
+    mixed.add_argument("--new", type=int, default=32, help="tokens that are written behind it (32)")
+    mixed.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+                       help="that both sides compute in; auto is that of the files, bfloat16")
+    mixed.add_argument("--memory-only", action="store_true", help="only build, and watch the memory of it")
+    mixed.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "glue-speed",
+                       help="where models are made and kept")
+    mixed.add_argument("--json", type=Path, help="write results here, row by row")
     two = what.add_parser("table", help="print results as Markdown")
     two.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
     two.add_argument("--into", type=Path, metavar="PAGE", help="put it into a page, between its two markers")
