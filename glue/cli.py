@@ -161,7 +161,7 @@ def evaluate(members: Annotated[list[str], typer.Argument(help="Names, or tag:x.
 
 
 @app.command()
-def generate(member: str, prompt: str, zoo: ZooFile = HERE,
+def generate(member: str, prompt: Annotated[str, typer.Option(help="What it goes on from.")], zoo: ZooFile = HERE,
              tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 32,
              device: str = "cpu") -> None:
     """Let a member continue a prompt, greedily."""

@@ -1,4 +1,4 @@
-"""`glue zoo atlas`, `glue zoo align` and `glue run --on`, as people type them."""
+"""`glue zoo atlas`, `glue zoo align`, `glue generate` and `glue run --on`, as people type them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from glue.checkpoint import Checkpoint
 from glue.cli import app
 from glue.cluster.twins import Permuted
 from glue.errors import GlueError
+from glue.family import families
+from glue.kinds import load
+from glue.kinds.text import continued
 from glue.member import Member
+from glue.mix.levels import text
+from glue.mix.parts import Dev, Parts
+from glue.mix.site import gates
 from glue.writer import Writer
 
 
@@ -75,3 +81,18 @@ def test_workers_that_are_nowhere_are_refused_with_the_right_word(zoo: Path, tmp
     recipe.write_text("steps:\n  - {as: average, step: merge, members: [root, one], method: linear}\n")
     ran = typed("run", str(recipe), "--zoo", str(zoo), "--on", "rays")
     assert isinstance(ran.exception, GlueError) and "did you mean 'ray'" in str(ran.exception)
+
+
+def test_generate_goes_on_from_the_prompt_for_a_model_and_for_a_mixture_by_text(tmp_path: Path,
+                                                                              tiny: Callable[..., Member]):
+    experts = (tiny("one", seed=1), tiny("two", seed=2))
+    dev = Dev(["w3 w4", "w5"], torch.eye(2), torch.zeros(2, dtype=torch.long))
+    parts = Parts(experts, None, experts[0])
+    text.write(tmp_path / "both", parts, gates(families("routing").choose("random"), text.sites(parts, dev)))
+    (tmp_path / "zoo.yaml").write_text(f"members:\n  one: {{path: {tmp_path / 'one'}}}\n"
+                                       f"  both: {{path: {tmp_path / 'both'}, kind: mixture}}\n")
+    said = {name: typed("generate", name, "--prompt", "w3 w4", "--tokens", "4", "--zoo", str(tmp_path / "zoo.yaml"))
+            for name in ("one", "both")}
+    alone = {expert.name: continued(load(expert), "w3 w4", 4) for expert in experts}
+    assert said["one"].stdout.rstrip("\n") == alone["one"] and alone["one"] != alone["two"]
+    assert said["both"].stdout.rstrip("\n") in alone.values()
