@@ -328,7 +328,7 @@ def test_a_prompt_in_pieces_keeps_the_route_of_the_first_or_the_one_that_is_give
         cache = model.empty_cache()
         model(ids[:, :3], past_key_values=cache, routes=routes)
         rest = model(ids[:, 3:], past_key_values=cache)
-        assert difference(rest.routes, followed) <= 1e-6
+        assert difference(rest.routes, followed) <= 1e-5
         assert difference(rest.logits, model(ids, routes=followed).logits[:, 3:]) <= 1e-5
     with pytest.raises(ValueError, match="chunking without a cache"):
         model.generate(ids, max_new_tokens=3, prefill_chunk_size=4, pad_token_id=0)

@@ -136,7 +136,7 @@ def test_a_mixture_of_copies_is_the_model_itself(make, tmp_path, routing, dense,
     model, ids = make("model"), some_prompts()
     copies = [Member(f"copy{i}", "model", model.path) for i in range(3)]
     member = mixed(tmp_path, copies, dense=dense, k=k, routing=routing, trunk=weights(model))
-    assert difference(load(member).model(ids).logits, load(model).model(ids).logits) <= 2e-6
+    assert difference(load(member).model(ids).logits, load(model).model(ids).logits) <= 1e-5
 
 
 @every_routing
@@ -254,7 +254,7 @@ def test_a_batch_of_mixed_routes_is_answered_as_single_prompts_are(make, tmp_pat
     assert all(len(set(output.routes[:, layer].argmax(1).tolist())) > 1 for layer in range(3))
     for row, logits, routes in zip(ids, output.logits, output.routes, strict=True):
         alone = model(row[None])
-        assert torch.equal(alone.routes[0], routes) and difference(alone.logits[0], logits) <= 2e-6
+        assert torch.equal(alone.routes[0], routes) and difference(alone.logits[0], logits) <= 1e-5
 
 
 def test_one_expert_in_every_layer_is_the_trunk_with_its_mlps(make, tmp_path):
@@ -277,7 +277,7 @@ def test_a_context_has_a_route_that_what_follows_can_be_pinned_to(make, tmp_path
         with running.pinned(route):
             pinned = running.model(text).logits
         given = running.model(torch.tensor([context])).routes
-        assert difference(pinned, running.model(text, routes=given).logits) <= 1e-6
+        assert difference(pinned, running.model(text, routes=given).logits) <= 1e-5
     assert not torch.equal(running.model(text).logits, pinned)
 
 
@@ -288,10 +288,10 @@ def test_a_reordered_or_repeated_cache_is_the_cache_of_such_prompts(make, tmp_pa
     moved, fresh, whole = (model(rows, use_cache=True).past_key_values for rows in (ids, ids[order], ids[:3]))
     moved.reorder_cache(order)
     expected = model(step, past_key_values=fresh).logits
-    assert difference(model(step, past_key_values=moved).logits, expected) <= 2e-6
+    assert difference(model(step, past_key_values=moved).logits, expected) <= 1e-5
     whole.batch_repeat_interleave(3)
     again = model(ids[:3].repeat_interleave(3, 0), use_cache=True).past_key_values
-    assert difference(model(step, past_key_values=whole).logits, model(step, past_key_values=again).logits) <= 2e-6
+    assert difference(model(step, past_key_values=whole).logits, model(step, past_key_values=again).logits) <= 1e-5
 
 
 def test_a_cache_that_was_made_by_hand_learns_the_routes(make, tmp_path):
@@ -400,7 +400,7 @@ def test_new_texts_of_a_router_take_the_way_of_the_dev_prompts(make, routing):
         whole = site.prompt_states(TEXTS)
         assert difference(site.prompt_states(TEXTS[2:4]), whole[2:4]) <= 1e-5
         if routing == "sentence":
-            assert difference(whole, site.hidden) <= 1e-6
+            assert difference(whole, site.hidden) <= 1e-5
 
 
 @pytest.mark.parametrize("routing, router", [("token", "random"), ("token", "uniform"), ("token", "linear"),
@@ -681,4 +681,4 @@ def test_scale_and_temperature_of_a_gate_are_part_of_its_matrix(make, tmp_path):
     experts, scale = [make("one"), make("two", seed=1)], torch.rand(32) + 0.5
     gate = Gate(torch.randn(2, 32), torch.zeros(2), torch.zeros(32), scale, None, 2.0)
     written = Checkpoint(mixed(tmp_path, experts, gates=[gate] * 3).folder)
-    assert difference(written["model.layers.0.block_sparse_moe.gate.weight"], gate.weight / scale / 2) <= 1e-6
+    assert difference(written["model.layers.0.block_sparse_moe.gate.weight"], gate.weight / scale / 2) <= 1e-5

@@ -107,7 +107,7 @@ def test_several_experts_a_prompt_are_pinned_by_their_weights(tiny, tmp_path):
     assert len(route) == 2 and abs(sum(route) - 1) <= 1e-6
     with running.pinned(route):
         pinned = running.model(ids).logits
-    assert difference(pinned, running.model(ids).logits) <= 1e-6
+    assert difference(pinned, running.model(ids).logits) <= 1e-5
 
 
 def test_an_empty_context_has_a_route(tiny, tmp_path):
@@ -245,9 +245,9 @@ def test_states_for_the_router_are_those_it_sees_when_it_serves(tiny, layer, kin
     running = load(member)
     for text, state in zip(TEXTS, site.hidden, strict=True):
         ids = torch.tensor([running.tokenizer(text)["input_ids"]])
-        assert difference(pooled(running.model, ids, None, layer)[0], state) <= 1e-6
+        assert difference(pooled(running.model, ids, None, layer)[0], state) <= 1e-5
         plain = running.model(ids, output_hidden_states=True).hidden_states[layer][0].mean(0)
-        assert difference(plain, state) <= 1e-6
+        assert difference(plain, state) <= 1e-5
     assert torch.equal(site.prompt_states(TEXTS[:2]), sites(parts_of([member]), replace(
         DEV, prompts=TEXTS[:2], wins=WINS[:2, :1], tasks=torch.zeros(2)), layer=layer)[0].hidden)
 
@@ -315,7 +315,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 told = torch.load({str(tmp_path / "expected.pt")!r})
 model = AutoModelForCausalLM.from_pretrained({member.path!r}, trust_remote_code=True)
 difference = (model(told["ids"]).logits - told["logits"]).abs().max()
-assert difference <= 1e-6 * told["logits"].abs().max(), difference
+assert difference <= 1e-5 * told["logits"].abs().max(), difference
 assert AutoTokenizer.from_pretrained({member.path!r})("w3")["input_ids"] == [1, 3]
 assert not [name for name in sys.modules if name == "glue" or name.startswith("glue.")]
 print("the same")

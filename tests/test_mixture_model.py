@@ -112,7 +112,7 @@ def test_every_architecture_can_be_cut_into_a_trunk_and_what_stands_on_it(kind):
         assert torch.equal(model(text, routes=routes).logits, expert(text).logits)
         first = model(text[:, :8], routes=routes, use_cache=True)
         after = model(text[:, 8:], past_key_values=first.past_key_values).logits
-        assert difference(torch.cat([first.logits, after], dim=1), expert(text).logits) <= 2e-6
+        assert difference(torch.cat([first.logits, after], dim=1), expert(text).logits) <= 1e-5
 
 
 @every_depth
@@ -120,8 +120,8 @@ def test_each_sample_of_a_mixed_batch_is_answered_as_its_expert_answers_it(dense
     model, ids = a_mixture(dense=dense), some_prompts()
     found, experts = model(ids), wholes(model)
     for row, route in enumerate(model.route(ids).tolist()):
-        assert difference(found.logits[row], experts[route](ids[row:row + 1]).logits[0]) <= 1e-6
-        assert difference(found.logits[row], model(ids[row:row + 1]).logits[0]) <= 1e-6
+        assert difference(found.logits[row], experts[route](ids[row:row + 1]).logits[0]) <= 1e-5
+        assert difference(found.logits[row], model(ids[row:row + 1]).logits[0]) <= 1e-5
         assert found.routes[row].tolist() == [float(i == route) for i in range(3)]
 
 
@@ -131,7 +131,7 @@ def test_several_experts_mix_their_next_token_probabilities(dense):
     found, shares = model(ids).logits.double().softmax(-1), model.gate(ids).double()
     assert set((shares > 0).sum(1).tolist()) == {2}
     parts = torch.stack([expert(ids).logits.double().softmax(-1) for expert in wholes(model)])
-    assert difference(found, torch.einsum("be,ebsv->bsv", shares, parts)) <= 1e-6
+    assert difference(found, torch.einsum("be,ebsv->bsv", shares, parts)) <= 1e-5
 
 
 @every_depth
@@ -140,7 +140,7 @@ def test_a_router_of_zeros_over_all_experts_gives_their_mean_probabilities(dense
     torch.nn.init.zeros_(model.router.outer.weight)
     torch.nn.init.zeros_(model.router.outer.bias)
     mean = torch.stack([expert(ids).logits.double().softmax(-1) for expert in wholes(model)]).mean(0)
-    assert difference(model(ids).logits.double().softmax(-1), mean) <= 1e-6
+    assert difference(model(ids).logits.double().softmax(-1), mean) <= 1e-5
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -150,7 +150,7 @@ def test_a_mixture_of_copies_has_the_logits_of_the_model(k, dense):
         GlueModelMixtureConfig([EXPERTS[0]] * 3, experts_per_prompt=k)).eval(), some_prompts()
     for expert in model.experts[1:]:
         expert.load_state_dict(model.experts[0].state_dict())
-    assert difference(model(**padded(ids, 3)).logits[:, 3:], wholes(model)[0](ids).logits) <= 1e-6
+    assert difference(model(**padded(ids, 3)).logits[:, 3:], wholes(model)[0](ids).logits) <= 1e-5
 
 
 # what the router judges
@@ -159,7 +159,7 @@ def test_a_mixture_of_copies_has_the_logits_of_the_model(k, dense):
 def test_the_router_judges_the_mean_state_of_its_layer(dense):
     model, ids = a_mixture(dense=dense, layer=1), some_prompts()
     plain = wholes(model)[0](ids, output_hidden_states=True).hidden_states[dense or 1].mean(1)
-    assert difference(chosen(model.router(plain), 1), model.gate(ids)) <= 1e-6
+    assert difference(chosen(model.router(plain), 1), model.gate(ids)) <= 1e-5
 
 
 def ran(module: torch.nn.Module) -> list[torch.Size]:
@@ -258,7 +258,7 @@ def test_temperature_evens_weights_and_keeps_their_order():
                          ids=str)
 def test_padding_on_the_left_changes_neither_route_nor_logits(more):
     model, ids = a_mixture(**more), some_prompts()
-    assert difference(model.gate(ids), model.gate(**padded(ids, 5))) <= 1e-6
+    assert difference(model.gate(ids), model.gate(**padded(ids, 5))) <= 1e-5
     assert difference(model(ids).logits, model(**padded(ids, 5)).logits[:, 5:]) <= 5e-6
 
 
@@ -272,7 +272,7 @@ def test_padding_on_the_left_moves_no_absolute_position():
     ids = some_prompts()
     for routes in (None, torch.zeros(9, dtype=torch.long)):
         shifted = model(**padded(ids, 5), routes=routes).logits[:, 5:]
-        assert difference(model(ids, routes=routes).logits, shifted) <= 2e-6
+        assert difference(model(ids, routes=routes).logits, shifted) <= 1e-5
 
 
 @every_depth
@@ -314,7 +314,7 @@ def test_decoding_with_the_cache_is_reading_the_whole_text_on_frozen_routes(k, d
                        past_key_values=first.past_key_values)
         pieces.append(output.logits)
     whole = model(**padded(text, 3), routes=first.routes).logits[:, 3:]
-    assert difference(torch.cat(pieces, dim=1), whole) <= 2e-6
+    assert difference(torch.cat(pieces, dim=1), whole) <= 1e-5
     assert torch.equal(output.routes, first.routes)
 
 
@@ -336,7 +336,7 @@ def test_a_reordered_cache_is_the_cache_of_reordered_prompts(k, dense):
     moved, fresh = (model(rows, use_cache=True).past_key_values for rows in (ids, ids[order]))
     moved.reorder_cache(order)
     after, expected = (model(step, past_key_values=cache).logits for cache in (moved, fresh))
-    assert difference(after, expected) <= 1e-6
+    assert difference(after, expected) <= 1e-5
 
 
 @every_depth
@@ -346,7 +346,7 @@ def test_a_cropped_cache_has_forgotten_the_last_tokens(dense):
     cache.crop(-3)
     assert cache.get_seq_length() == 4
     again = model(ids[:, 4:], past_key_values=cache).logits
-    assert difference(again, model(ids).logits[:, 4:]) <= 2e-6
+    assert difference(again, model(ids).logits[:, 4:]) <= 1e-5
 
 
 @every_depth
@@ -356,7 +356,7 @@ def test_a_repeated_cache_repeats_each_row(dense):
     cache.batch_repeat_interleave(2)
     step = some_prompts(18, 1, seed=2)
     fresh = model(ids.repeat_interleave(2, 0), use_cache=True).past_key_values
-    assert difference(model(step, past_key_values=cache).logits, model(step, past_key_values=fresh).logits) <= 1e-6
+    assert difference(model(step, past_key_values=cache).logits, model(step, past_key_values=fresh).logits) <= 1e-5
 
 
 def test_a_cache_of_another_kind_is_refused():
