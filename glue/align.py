@@ -29,7 +29,8 @@ def align(zoo: Zoo, name: str, to: str, out: Path) -> dict[str, Any]:
     ours, theirs = sight(one), sight(other)
     hard, _ = differences(ours.build, theirs.build)
     if hard:
-        raise ZooError(f"'{name}' cannot be aligned to '{to}': {hard}")
+        raise ZooError(f"'{name}' cannot be aligned to '{to}': {hard}",
+                       fix="only models of one build can be twins;  glue zoo atlas --twins  finds those that are")
     if out.exists():
         raise ZooError(f"{out} is there already", fix="choose another folder")
     match = best_match(ours.weights, theirs.weights)

@@ -187,7 +187,7 @@ def _items(row: Row) -> int:
 
 
 def costs(board: Leaderboard) -> dict[str, Callable[[Row], str]]:
-    """Columns about what members cost, where they differ in it or it was measured: heading -> what a row says."""
+    """Columns about what members cost, where that was measured: heading -> what a row says."""
     found: dict[str, Callable[[Row], str]] = {}
     if any(row.size for row in board.rows):
         found["parameters"] = lambda row: f"{row.size.whole / 1e6:,.1f}M" if row.size else ""

@@ -21,14 +21,8 @@ BATCH_TOKENS = 4096  # padded tokens of which there are logits at once
 @torch.no_grad()
 def continued(running: Running, prompt: str, tokens: int) -> str:
     """The text that follows `prompt`, greedily, up to `tokens` tokens or the end of text."""
-    running = running.answering(prompt)
-    model, tokenizer = running.model, running.tokenizer
-    encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
-    ids: Any = encoded["input_ids"]
-    generate: Any = model.generate
-    made = generate(input_ids=ids, attention_mask=encoded["attention_mask"], max_new_tokens=tokens, do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id)
-    return str(tokenizer.decode(made[0, ids.shape[1]:], skip_special_tokens=True))
+    one = running.answering(prompt)
+    return str(one.tokenizer.decode(_written(one, prompt, max_new_tokens=tokens), skip_special_tokens=True))
 
 
 def pace(running: Running, prompt: str, tokens: int = 32, times: int = 3) -> float:
@@ -36,13 +30,19 @@ def pace(running: Running, prompt: str, tokens: int = 32, times: int = 3) -> flo
     taken = []
     for _ in range(times):
         began = perf_counter()
-        one = running.answering(prompt)
-        encoded = one.tokenizer(prompt, return_tensors="pt").to(one.model.device)
-        generate: Any = one.model.generate
-        generate(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], min_new_tokens=tokens,
-                 max_new_tokens=tokens, do_sample=False, pad_token_id=one.tokenizer.pad_token_id)
+        _written(running.answering(prompt), prompt, min_new_tokens=tokens, max_new_tokens=tokens)
         taken.append(perf_counter() - began)
     return tokens / sorted(taken)[times // 2]
+
+
+def _written(one: Running, prompt: str, **how: int) -> Tensor:
+    """The tokens that are written greedily after a prompt; how: limits of transformers' `generate`."""
+    encoded = one.tokenizer(prompt, return_tensors="pt").to(one.model.device)
+    ids: Any = encoded["input_ids"]
+    generate: Any = one.model.generate
+    made = generate(input_ids=ids, attention_mask=encoded["attention_mask"], do_sample=False,
+                    pad_token_id=one.tokenizer.pad_token_id, **how)
+    return made[0, ids.shape[1]:]
 
 
 @torch.inference_mode()

@@ -67,10 +67,11 @@ def work(mixture: Member, e: int, suite: Measured) -> dict[str, np.ndarray]:
 def _contexts(running: Running, suite: Measured) -> dict[str, list[list[int]]]:
     """Task -> the tokens of each question that choose, which are the last that the model can see."""
     from glue.evaluate.fast import prepare
+    from glue.kinds.text import longest
 
-    longest = getattr(running.model.config, "max_position_embeddings", None) or 0
+    seen = longest(running.model, running.tokenizer)
     prepared = prepare(running.tokenizer, suite.suite.tasks, suite.items())
-    return {task: [list(prepared.rows[some[0][0]].context[-longest:]) for some in places]
+    return {task: [list(prepared.rows[some[0][0]].context[-seen:]) for some in places]
             for task, places in prepared.places.items()}
 
 
