@@ -189,6 +189,15 @@ class Finder:
             raise RecipeError(f"step '{line.step}' chooses by what it measures, so it may not look at '{value}'",
                               fix=f"write {name}:{takes.kinds[0]}; the test split is for reporting")
         suite = read_suite(self._suite_file(name, line))
+        sources: dict[str, str] = {}
+        if suite.named:
+            from glue.evaluate.lm_eval import check_named
+
+            if not takes.named:
+                raise RecipeError(f"suite '{name}' has tasks of lm-eval's own, and step '{line.step}' asks only items "
+                                  "of dataset members", fix="measure it by  step: evaluate,  and name a suite here "
+                                  "whose tasks have  data:")
+            sources = check_named(suite, split)
         found = {task.data: self._checked(self.one(task.data, line.recipe), Takes("one", ("dataset",)), task.data, line)
                  for task in suite.tasks}
         late = [one for one in found.values() if isinstance(one, Pending)]
@@ -198,7 +207,7 @@ class Finder:
         for word, member in data.items():
             if not (member.folder / f"{split}.jsonl").is_file():
                 raise RecipeError(f"dataset '{word}' has no split '{split}'", fix=f"make it with  {split}: 200")
-        return Measured(suite, split, data)
+        return Measured(suite, split, data, sources)
 
     def _config(self, takes: Takes, value: str, line: Line) -> Configured | Pending:
         from glue.merge.mergekit.config import read_configs

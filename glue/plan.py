@@ -8,7 +8,7 @@ word checked now, and arity and compatibility when the group exists.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -257,10 +257,11 @@ def _origin(method: Method, choice: Choice, arguments: Mapping[str, Any], seed: 
     names: dict[str, tuple[str, ...]] = {}
     params: dict[str, Any] = {}
     for name, value in choice.params.items():
+        if name in method.traits.get("unkeyed", ()):
+            continue
         value = arguments.get(name, value)
         if isinstance(value, Measured):
-            tasks = [{key: item for key, item in asdict(task).items() if key != "data"} for task in value.suite.tasks]
-            params[name] = {"tasks": tasks, "split": value.split}
+            params[name] = value.told()
             value = [value.data[task.data] for task in value.suite.tasks]
         elif isinstance(value, Configured):
             params[name] = value.config.text

@@ -1,7 +1,8 @@
 """A batched scorer for search: what lm-eval would report for each item, without lm-eval, several times sooner.
 
 choice    summed log-likelihood of " " + choice after the question. Choices that differ in their last token only share
-          one pass of the model, since all but the last token are the same input.
+          one pass of the model, since all but the last token are the same input. Others share what the model makes of
+          the question: it is read once, and each choice goes on from there.
 generate  the text a model writes greedily, cut at the end of the line, compared with the answer. One pass over question
           and answer shows what greedy writing would do for as long as it writes the answer's tokens. Where it leaves
           them, the text so far most often cannot become the answer, which settles the item; the few that may still
@@ -13,8 +14,10 @@ Departs from lm-eval where `generation_config` has penalties or other processors
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = tuple[int, ...]
+SHARED = 4  # a shorter context is read again for each choice: a second pass of the model would cost more
 
 
 @dataclass(frozen=True)
@@ -195,13 +199,57 @@ class _Reader:
     def _read(self, rows: list[_Row]) -> list[list[float]]:
         """For choice the log-likelihoods of tail + last; for generate the likeliest token at each place of the tail."""
         ids = [self._seen(row) for row in rows]
-        order = sorted(range(len(rows)), key=lambda k: len(ids[k]))
         results: list[list[float]] = [[]] * len(rows)
+        shared = self._sharing(rows, ids)
+        for some in self._together(rows, shared):
+            for k, result in zip(some, self._fitting(some, lambda part: self._read_shared([rows[k] for k in part])),
+                                 strict=True):
+                results[k] = result
+        once = {k for group in shared for k in group}
+        order = sorted((k for k in range(len(rows)) if k not in once), key=lambda k: len(ids[k]))
         for first in range(0, len(order), self.batch_size):
             some = order[first:first + self.batch_size]
-            for k, result in zip(some, self._read_batch([rows[k] for k in some], [ids[k] for k in some]), strict=True):
+            for k, result in zip(some, self._fitting(some, lambda part: self._read_batch(
+                    [rows[k] for k in part], [ids[k] for k in part])), strict=True):
                 results[k] = result
         return results
+
+    def _fitting(self, some: list[int], read: Callable[[list[int]], list[list[float]]]) -> list[list[float]]:
+        """What `read` makes of some positions; half by half where all at once are too much for the memory."""
+        with suppress(torch.OutOfMemoryError) if len(some) > 1 else nullcontext():
+            return read(some)
+        torch.cuda.empty_cache()  # not before the error is gone, which holds what filled the memory
+        middle = len(some) // 2
+        return self._fitting(some[:middle], read) + self._fitting(some[middle:], read)
+
+    def _sharing(self, rows: list[_Row], ids: list[Ids]) -> list[list[int]]:
+        """Positions of the rows of each context that is worth to be read once; the same whatever the batches."""
+        together: dict[Ids, list[int]] = {}
+        for k, row in enumerate(rows):
+            if row.lasts and len(ids[k]) == len(row.context) + len(row.tail):  # what is cut has a context of its own
+                together.setdefault(row.context, []).append(k)
+        found = [group for context, group in together.items() if len(group) > 1 and len(context) >= SHARED]
+        return sorted(found, key=lambda group: len(rows[group[0]].context)) if found and self._continues else []
+
+    def _together(self, rows: list[_Row], shared: list[list[int]]) -> list[list[int]]:
+        """Rows of equally long contexts, as many whole contexts as go into a batch."""
+        batches: list[list[int]] = []
+        length = -1
+        for group in shared:
+            now = len(rows[group[0]].context)
+            if now != length or len(batches[-1]) + len(group) > self.batch_size:
+                batches.append([])
+            length = now
+            batches[-1] += group
+        return batches
+
+    @cached_property
+    def _continues(self) -> bool:
+        """Whether the model can go on from what it made of a context; not where routes or windows are part of that."""
+        if "past_key_values" not in inspect.signature(self.model.forward).parameters:
+            return False
+        cache: Any = getattr(self.model(self._put([[0]]), use_cache=True), "past_key_values", None)
+        return type(cache).__name__ == "DynamicCache" and {type(x).__name__ for x in cache.layers} == {"DynamicLayer"}
 
     def _seen(self, row: _Row) -> Ids:
         """What of context + tail the model can see: its last tokens, and room left for what it may write."""
@@ -225,8 +273,28 @@ class _Reader:
         low = min(starts) if self.slices else 0
         kept: dict[str, Any] = {"logits_to_keep": self._put(range(low, width))} if self.slices else {}
         logits = self.model(self._put(padded), use_cache=False, **kept).logits  # [b, width - low, v]
+        return self._told(rows, logits, [start - low for start in starts])
+
+    def _read_shared(self, rows: list[_Row]) -> list[list[float]]:
+        """As `_read_batch`, for choices after equally long contexts, each of which is read once."""
+        contexts = {context: k for k, context in enumerate(dict.fromkeys(row.context for row in rows))}
+        kept: dict[str, Any] = {"logits_to_keep": 1} if self.slices else {}
+        read = self.model(self._put(list(contexts)), use_cache=True, **kept)
+        owner = self._put([contexts[row.context] for row in rows])
+        logits = read.logits[owner, -1:]  # [b, 1, v]
+        width = max(len(row.tail) for row in rows)
+        if width:
+            read.past_key_values.batch_select_indices(owner)
+            tails = self._put([row.tail + (0,) * (width - len(row.tail)) for row in rows])
+            after = self.model(tails, past_key_values=read.past_key_values, use_cache=True).logits  # [b, width, v]
+            logits = torch.cat([logits, after], dim=1)
+        return self._told(rows, logits, [0] * len(rows))
+
+    def _told(self, rows: list[_Row], logits: torch.Tensor, starts: list[int]) -> list[list[float]]:
+        """What logits [b, positions, v] say about each row, whose own positions begin at starts[b]."""
+        counts = [len(row.tail) + 1 for row in rows]
         owner = self._put([k for k, n in enumerate(counts) for _ in range(n)])  # of each position, row after row
-        place = self._put([start - low + j for start, n in zip(starts, counts, strict=True) for j in range(n)])
+        place = self._put([start + j for start, n in zip(starts, counts, strict=True) for j in range(n)])
         logits = logits[owner, place]  # [positions, v]
         greedy, logs = logits.argmax(-1).tolist(), logits.log_softmax(-1)
 

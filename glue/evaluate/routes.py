@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import TypeVar
+from os.path import commonprefix
+from typing import Any, TypeVar
 
 from glue.kinds import Running
 
@@ -56,3 +57,21 @@ def _grouped(keys: Sequence[K], requests: Sequence[T], run: Callable[[K, list[T]
     for key, places in groups.items():
         results.update(zip(places, run(key, [requests[k] for k in places]), strict=True))
     return [results[k] for k in range(len(requests))]
+
+
+def document_texts(requests: Sequence[Any]) -> list[str]:
+    """For each request of lm-eval the text that its document is known by: what its contexts have in common.
+
+    Mostly all requests of a document have one context. Where each choice has its own (winogrande), it is what they
+    begin with, so that no choice decides; contexts without text, which some metrics add, are passed over.
+    """
+    together: dict[Any, list[str]] = {}
+    for request in requests:
+        together.setdefault(_document(request), []).append(request.args[0])
+    shared = {key: commonprefix([text for text in some if text.strip()]) for key, some in together.items()}
+    return [shared[_document(request)] for request in requests]
+
+
+def _document(request: Any) -> tuple[Any, ...]:
+    """What tells a document from others; a request that belongs to none stands for itself."""
+    return (request.task_name, request.doc_id) if request.doc_id is not None else (request.args[0],)

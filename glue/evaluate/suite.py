@@ -6,13 +6,13 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from glue import document
 from glue.errors import Place, SuiteError, did_you_mean
@@ -21,9 +21,11 @@ from glue.member import canonical
 
 Split = Literal["dev", "test"]
 SPLITS = ("dev", "test")  # train is never measured on
+KEYS = ("about", "tasks", "normalised")
 METRICS = {"choice": ("acc", "acc_norm"), "generate": ("exact_match",)}
 _DATE = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d.*)?")  # what the JSON reader under lm-eval takes for a date
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+L = TypeVar("L", bound=BaseModel)
 
 
 class Item(NamedTuple):
@@ -55,12 +57,102 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Named:
+    """A task that lm-eval itself has, with data of the hub.
+
+    task    a task or a group, as lm-eval calls it
+    metric  as lm-eval reports it; filter: through which what was written goes first, "none" for choices
+    shots   split -> how many examples stand before a question: dev as a search asks, test as a report does
+    under   a task of the board that this one is a part of: parts are averaged before tasks are
+    """
+
+    name: str
+    task: str
+    metric: str
+    chance: float
+    shots: Mapping[Split, int]
+    filter: str = "none"
+    under: str = ""
+
+
+@dataclass(frozen=True)
 class Suite:
-    """Tasks that are measured together."""
+    """Tasks that are measured together.
+
+    normalised  the suite's number is of points above chance, as `points` counts them, and not of plain values
+    """
 
     name: str
     tasks: tuple[Task, ...]
     about: str = ""
+    named: tuple[Named, ...] = ()
+    normalised: bool = False
+
+    @property
+    def every(self) -> tuple[Task | Named, ...]:
+        """All of its tasks, those whose items are members' first."""
+        return (*self.tasks, *self.named)
+
+
+def weights(suite: Suite) -> dict[str, float]:
+    """Task -> its share of the suite's number, summing to 1: parts of a task share what that task has."""
+    parts: dict[str, list[str]] = {}
+    for task in suite.every:
+        parts.setdefault((task.under if isinstance(task, Named) else "") or task.name, []).append(task.name)
+    return {name: 1 / len(some) / len(parts) for some in parts.values() for name in some}
+
+
+def points(suite: Suite, values: Mapping[str, float]) -> float:
+    """The number of a board, 0 to 100: the mean over tasks, of which those that are parts are averaged first.
+
+    values  task -> what was measured. Where the suite is normalised, chance counts 0 and what lies below it too.
+    """
+    share, total = weights(suite), 0.0
+    for task in suite.every:
+        value = values[task.name]
+        if suite.normalised:
+            value = max(0.0, (value - task.chance) / (1 - task.chance))
+        total += share[task.name] * value
+    return 100 * total
+
+
+def counting(suite: Suite) -> tuple[dict[str, float], float]:
+    """Task -> what its value counts for in the suite's number as a share of 1, and what is taken from their sum.
+
+    As `points`, but for values below chance, which here count against the number.
+    """
+    share = weights(suite)
+    if not suite.normalised:
+        return share, 0.0
+    above = {task.name: share[task.name] / (1 - task.chance) for task in suite.every}
+    return above, sum(above[task.name] * task.chance for task in suite.every)
+
+
+def as_told(suite: Suite, split: Split, sources: Mapping[str, str]) -> dict[str, Any]:
+    """What an origin says of a suite that was measured; of local tasks their data are named beside it.
+
+    sources  named task -> digest of the data that lm-eval asks it of
+    """
+    told: dict[str, Any] = {"split": split, "tasks": [
+        {key: value for key, value in asdict(task).items() if key != "data"} for task in suite.tasks]}
+    if suite.named:
+        told["named"] = [{**{key: value for key, value in asdict(task).items() if key != "shots"},
+                          "num_fewshot": task.shots[split], "data": sources[task.name]} for task in suite.named]
+    return {**told, "normalised": True} if suite.normalised else told
+
+
+def recorded(told: Mapping[str, Any], name: str = "", data: Sequence[str] = ()) -> Suite:
+    """The suite that `as_told` wrote of; data: the names of the datasets, one for each local task.
+
+    For a board:  points(recorded(table.origin.params["suite"]), {row.task: row.value for row in rows of a member})
+    """
+    tasks = tuple(Task(**{**task, "data": where}) for task, where in
+                  zip(told["tasks"], data or [""] * len(told["tasks"]), strict=True))
+    named = []
+    for line in told.get("named", ()):
+        kept = {key: value for key, value in line.items() if key not in ("num_fewshot", "data")}
+        named.append(Named(**kept, shots={told["split"]: line["num_fewshot"]}))
+    return Suite(name, tasks, "", tuple(named), told.get("normalised", False))
 
 
 def parse(text: str) -> tuple[str, Split]:
@@ -87,15 +179,39 @@ class _Line(BaseModel):
     max_tokens: int = Field(default=Task.max_tokens, ge=1)
 
 
+class _Shots(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    dev: int = Field(ge=0)
+    test: int = Field(ge=0)
+
+
+def _both(told: Any) -> Any:
+    """One number is that of both splits."""
+    return {"dev": told, "test": told} if type(told) is int else told
+
+
+class _NamedLine(BaseModel):
+    """The right side of the line of a task that lm-eval has."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    task: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    metric: str = Field(min_length=1)
+    chance: float = Field(ge=0, lt=1)
+    num_fewshot: Annotated[_Shots, BeforeValidator(_both)]
+    filter: str = "none"
+    under: str = ""
+
+
 def read_suite(file: Path) -> Suite:
     """Read a suite; its name is that of the file. Raises SuiteError, which names the line and the column."""
     page = document.read(file, SuiteError)
     if not isinstance(page.value, dict):
         raise SuiteError("a suite is a mapping with the key 'tasks'", place=page.place())
     for key in page.value:
-        if key not in ("about", "tasks"):
-            raise SuiteError(f"a suite has no key '{key}'{did_you_mean(key, ('about', 'tasks'))}",
-                             place=page.place(key))
+        if key not in KEYS:
+            raise SuiteError(f"a suite has no key '{key}'{did_you_mean(key, KEYS)}", place=page.place(key))
     about, tasks = page.value.get("about", ""), page.value.get("tasks")
     if not isinstance(about, str):
         raise SuiteError(f"'about' is a sentence, not {about!r}", place=page.place("about"), fix="put it into quotes")
@@ -106,26 +222,23 @@ def read_suite(file: Path) -> Suite:
         if not _NAME.fullmatch(name):
             raise SuiteError(f"'{name}' cannot be a name here; letters, digits, '_' and '-' can",
                              place=page.place("tasks", name))
-    return Suite(file.stem, tuple(_task(page, name, line) for name, line in tasks.items()), about)
+    normalised = page.value.get("normalised", False)
+    if not isinstance(normalised, bool):
+        raise SuiteError(f"'normalised' is true or false, not {normalised!r}", place=page.place("normalised"))
+    found = [_named(page, name, line) if isinstance(line, dict) and "task" in line else _task(page, name, line)
+             for name, line in tasks.items()]
+    return Suite(file.stem, tuple(task for task in found if isinstance(task, Task)), about,
+                 tuple(task for task in found if isinstance(task, Named)), normalised)
+
+
+def _named(page: document.Document, name: str, line: dict[str, Any]) -> Named:
+    told = _validated(_NamedLine, page, name, line)
+    shots: dict[Split, int] = {"dev": told.num_fewshot.dev, "test": told.num_fewshot.test}
+    return Named(name, told.task, told.metric, told.chance, shots, told.filter, told.under)
 
 
 def _task(page: document.Document, name: str, line: Any) -> Task:
-    try:
-        told = _Line.model_validate(line)
-    except ValidationError as problem:
-        wrong = problem.errors()[0]
-        path = [str(part) for part in wrong["loc"]]
-        where = page.place("tasks", name, *path)
-        if wrong["type"] == "extra_forbidden":
-            raise SuiteError(f"task '{name}' has no key '{path[-1]}'{did_you_mean(path[-1], _Line.model_fields)}",
-                             place=where) from None
-        if wrong["type"] == "missing":
-            raise SuiteError(f"task '{name}' does not say '{path[-1]}'", place=where) from None
-        if wrong["type"] == "literal_error":
-            raise SuiteError(f"{path[-1]} {wrong['input']!r} of task '{name}' is not known"
-                             f"{did_you_mean(wrong['input'], METRICS)}", place=where) from None
-        of = f"{path[-1]} of task '{name}'" if path else f"task '{name}'"
-        raise SuiteError(f"{of} is {wrong['input']!r}: {wrong['msg'].lower()}", place=where) from None
+    told = _validated(_Line, page, name, line)
     if told.metric not in METRICS[told.output]:
         raise SuiteError(f"metric '{told.metric}' of task '{name}' does not go with output: {told.output}"
                          f"{did_you_mean(told.metric, METRICS[told.output])}",
@@ -134,6 +247,25 @@ def _task(page: document.Document, name: str, line: Any) -> Task:
         raise SuiteError(f"task '{name}' chooses and writes nothing, so max_tokens has no meaning",
                          place=page.place("tasks", name, "max_tokens"), fix="remove it, or say output: generate")
     return Task(name, **told.model_dump())
+
+
+def _validated(model: type[L], page: document.Document, name: str, line: Any) -> L:
+    try:
+        return model.model_validate(line)
+    except ValidationError as problem:
+        wrong = problem.errors()[0]
+        path = [str(part) for part in wrong["loc"]]
+        where = page.place("tasks", name, *path)
+        if wrong["type"] == "extra_forbidden":
+            raise SuiteError(f"task '{name}' has no key '{path[-1]}'{did_you_mean(path[-1], model.model_fields)}",
+                             place=where) from None
+        if wrong["type"] == "missing":
+            raise SuiteError(f"task '{name}' does not say '{path[-1]}'", place=where) from None
+        if wrong["type"] == "literal_error":
+            raise SuiteError(f"{path[-1]} {wrong['input']!r} of task '{name}' is not known"
+                             f"{did_you_mean(wrong['input'], METRICS)}", place=where) from None
+        of = f"{path[-1]} of task '{name}'" if path else f"task '{name}'"
+        raise SuiteError(f"{of} is {wrong['input']!r}: {wrong['msg'].lower()}", place=where) from None
 
 
 def read_items(file: Path) -> list[Item]:

@@ -6,20 +6,22 @@ arrive resolved:
     One         a member                                    -> Member
     Many        names, `tag:x`, groups                      -> list[Member]
     Shares      members with a number each                  -> dict[Member, float], in the order of the recipe
-    OnSuite     `suite:split`; OnDev takes no test split     -> Measured
+    OnSuite     `suite:split`; OnDev takes no test split,    -> Measured
+                OnAnySuite also tasks that lm-eval has
     OnConfig    a merge config of mergekit                   -> Configured
 
 Traits: `makes` is the kind of member it leaves; `lone` lets a family of one pass through as it is; `named` says that
 names go into the result, so that they belong to its origin; `writes` says how large the result will be: as `one` of
-the models that go in, or as `all` of them; `resumes` that a draft which a killed
-run has left goes on where it was. Two functions raise for what cannot work, before anything runs: `words` is
-called with the parameters as they are written, `check` with the members too, as soon as these are there.
+the models that go in, or as `all` of them; `resumes` that a draft which a killed run has left goes on where it was;
+`unkeyed` names parameters that say how the work is done and not what comes out, and are no part of the origin. Two
+functions raise for what cannot work, before anything runs: `words` is called with the parameters as they are written,
+`check` with the members too, as soon as these are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,15 +37,20 @@ if TYPE_CHECKING:
     from glue.workers import Workers
 
 steps = Family("steps", "step", "glue.steps", first="Job -> Made",
-               traits=("makes", "lone", "named", "writes", "resumes", "words", "check"))
+               traits=("makes", "lone", "named", "writes", "resumes", "unkeyed", "words", "check"))
 
 
 @dataclass(frozen=True)
 class Takes:
-    """Marks a parameter that names members. kinds: what they may be; () is anything."""
+    """Marks a parameter that names members.
+
+    kinds  what they may be, of a suite its splits; () is anything
+    named  whether a suite may have tasks that lm-eval has itself
+    """
 
     how: str
     kinds: tuple[str, ...] = ()
+    named: bool = False
 
 
 MODELS = ("model", "adapter")
@@ -52,11 +59,21 @@ RUNS = ("model", "adapter", "mixture")
 
 @dataclass(frozen=True)
 class Measured:
-    """A suite on one split, with the dataset member behind each of its tasks."""
+    """A suite on one split, with the dataset member behind each of its tasks.
+
+    sources  task that lm-eval has -> digest of the data on this machine that it is asked of
+    """
 
     suite: Suite
     split: Split
     data: dict[str, Member]
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def told(self) -> dict[str, Any]:
+        """What an origin says of it, beside the members."""
+        from glue.evaluate.suite import as_told
+
+        return as_told(self.suite, self.split, self.sources)
 
     def items(self) -> dict[str, list[Item]]:
         """Task -> its items. Raises SuiteError where they cannot be asked as the task says."""
@@ -98,6 +115,7 @@ if TYPE_CHECKING:  # what a step's function is given
     Datasets = list[Member]
     Shares = dict[Member, float]
     OnSuite = Measured
+    OnAnySuite = Measured
     OnDev = Measured
     OnConfig = Configured
 else:  # what a recipe says
@@ -108,6 +126,7 @@ else:  # what a recipe says
     Datasets = Annotated[list[Any], Takes("many", ("dataset",))]
     Shares = Annotated[dict[str, Positive], Takes("shares", ("dataset",))]
     OnSuite = Annotated[str, Takes("suite", ("dev", "test"))]
+    OnAnySuite = Annotated[str, Takes("suite", ("dev", "test"), named=True)]
     OnConfig = Annotated[str, Takes("config", MODELS)]
     OnDev = Annotated[str, Takes("suite", ("dev",))]  # for whatever chooses by what it measures
 

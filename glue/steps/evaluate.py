@@ -3,54 +3,88 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+from glue.errors import SuiteError
+from glue.family import Count
 from glue.files import append_line, whole_lines
 from glue.member import Member, Score, Table, canonical
-from glue.steps import Job, Made, ManyThatRun, Measured, OnSuite, steps
+from glue.steps import Job, Made, ManyThatRun, Measured, OnAnySuite, steps
+from glue.workers import Report
+
+if TYPE_CHECKING:
+    from glue.evaluate.suite import Named, Task
 
 HARNESS = "lm-eval 0.4"
 SPEED_NOTE = "speed.json"  # beside a table: digest of a member -> tokens a second
+PARTS = 1000  # of the work on one member, for progress
+Results = dict[str, tuple[tuple[float, ...], str]]  # task -> one number per item, digest of the items
 
 
-@steps.add("evaluate", makes="table", named=True)
-def evaluate(job: Job, *, members: ManyThatRun, suite: OnSuite, speed: bool = False) -> Made:
-    """Every member on every task of the suite, item by item. What was measured before is not measured again.
+def usable(device: str, **_: Any) -> None:
+    """The device must be one that this machine has."""
+    from glue.kinds.device import device_of
 
-    speed  also time each member alone as it writes after the first question, with one thread; it is noted beside the
-           table and is no part of it, since it is different every time
+    device_of(device)
+
+
+def timeable(suite: Measured, speed: bool, **_: Any) -> None:
+    """Speed is measured after the first question of a dataset member."""
+    if speed and not suite.suite.tasks:
+        raise SuiteError(f"suite '{suite.suite.name}' has no dataset whose first question members could write after",
+                         fix="remove  speed: true,  or measure a suite that has a task with  data:")
+
+
+@steps.add("evaluate", makes="table", named=True, unkeyed=("device", "batch_size"), words=usable, check=timeable)
+def evaluate(job: Job, *, members: ManyThatRun, suite: OnAnySuite, speed: bool = False, device: str = "cpu",
+             batch_size: Count | Literal["auto"] = "auto") -> Made:
+    """Every member on every task of the suite, item by item. What was measured before is not measured again, and what
+    was killed goes on after its last batch.
+
+    speed       also time each member alone as it writes after the first question, with one thread; it is noted beside
+                the table and is no part of it, since it is different every time
+    device      where members run: cpu, cuda, cuda:1; auto: an accelerator where there is one. Like the machine, it is
+                no part of the origin
+    batch_size  how many questions are read at once; auto: as many as most likely fit, and half as many where they do
+                not, again and again
     """
+    from glue.evaluate.answered import Answered
     from glue.evaluate.suite import write_tasks
 
     folder = job.shared / "tasks" / f"{suite.suite.name}-{_mark(suite)}"
     names = write_tasks(suite.suite, suite.split, suite.folders(), folder)
-    store, digests = job.shared / "scores.jsonl", suite.digests()
-    known = {_key(score): score for score in map(Score.from_dict, map(json.loads, whole_lines(store)))}
+    store, wanted = job.shared / "scores.jsonl", _wanted(suite)
+    known = {key: score for score in map(Score.from_dict, map(json.loads, whole_lines(store))) for key in _keys(score)}
     asked = {member.digest: member for member in members}  # one member may have several names
     missing = [member for member in asked.values()
-               if any(key not in known for key in _keys(member, suite, digests))]
-    came = len(asked) - len(missing)
-    job.report(came, len(asked), "members")
+               if any((member.digest, split, how) not in known for _, split, how in wanted)]
+    progress = _Progress(job, len(missing), len(asked))
 
-    def keep(k: int, results: list[list[float]]) -> None:
-        nonlocal came
-        came += 1
-        for score in _scores(missing[k], suite, digests, results):
-            known[_key(score)] = score
+    def journal(member: Member) -> Path:
+        return job.shared / "answered" / f"{member.digest}-{folder.name}-{suite.split}.jsonl"
+
+    def keep(k: int, results: Results) -> None:
+        for score in _scores(missing[k], suite, results):
+            known.update(dict.fromkeys(_keys(score), score))
             append_line(store, canonical(score.as_dict()))
-        job.report(came, len(asked), missing[k].short)
+        Answered(journal(missing[k])).end()
+        progress(1, 1, missing[k].name)
 
-    job.workers.map("glue.steps.evaluate:work", [(member, folder, names) for member in missing], each=keep)
-    Table(tuple(replace(known[key], member=member.name, seen_by_search=known[key].split in member.seen)
-                for member in members for key in _keys(member, suite, digests))).write(job.folder)
+    job.workers.map("glue.steps.evaluate:work", [(member, suite, folder, names, journal(member), device, batch_size)
+                                                 for member in missing], report=progress, each=keep)
+    Table(tuple(replace(known[member.digest, split, how], member=member.name, suite=_name(suite), task=task.name,
+                        chance=task.chance, seen_by_search=known[member.digest, split, how].split in member.seen)
+                for member in members for task, split, how in wanted)).write(job.folder)
     if speed:
         question = next(iter(suite.items().values()))[0].question
         paces = {member.digest: job.workers.call("glue.steps.evaluate:timed", member, question)
                  for member in asked.values()}
         (job.folder / SPEED_NOTE).write_text(json.dumps(paces, indent=1))
-    return Made("table", note=f"{len(members)} members on {suite.suite.name}:{suite.split}")
+    return Made("table", note=f"{len(members)} members on {_name(suite)}")
 
 
 def timed(member: Member, question: str) -> float:
@@ -61,36 +95,86 @@ def timed(member: Member, question: str) -> float:
     return pace(load(member), question)
 
 
-def work(member: Member, tasks: Path, names: list[str]) -> list[list[float]]:
-    """In a worker: per-item results of each task, in the order of `names`."""
+def work(member: Member, suite: Measured, tasks: Path, names: list[str], journal: Path, device: str = "cpu",
+         batch_size: int | Literal["auto"] = "auto", *, report: Report = lambda done, total, note: None) -> Results:
+    """In a worker: what a member scores on every task; answers go into the journal as they come.
+
+    names  of the task files in `tasks`, in the order of the suite's local tasks
+    """
+    from glue.evaluate.answered import Answered
     from glue.evaluate.lm_eval import evaluate as measure
+    from glue.evaluate.lm_eval import evaluate_named
     from glue.kinds import load
+    from glue.kinds.device import device_of
 
-    found = measure(load(member), tasks, names)
-    return [found[name] for name in names]
+    answered, running = Answered(journal), load(member, device=device_of(device))
+    results, local, every = Results(), len(suite.suite.tasks), len(suite.suite.every)
+    if local:
+        found = measure(running, tasks, names, batch_size=batch_size, answered=answered,
+                        report=lambda done, total: report(done * local, total * every, member.name))
+        digests = suite.digests()
+        results |= {task.name: (tuple(found[name]), digests[task.name])
+                    for task, name in zip(suite.suite.tasks, names, strict=True)}
+    if local < every:
+        named = evaluate_named(running, suite.suite.named, suite.split, batch_size=batch_size, answered=answered,
+                               report=lambda done, total: report(local * total + done * (every - local), total * every,
+                                                                 member.name))
+        results |= {name: (one.items, one.split) for name, one in named.items()}
+    return results
 
 
-def _scores(member: Member, suite: Measured, digests: dict[str, str], results: list[list[float]]) -> Iterable[Score]:
-    for task, items in zip(suite.suite.tasks, results, strict=True):
-        yield Score(member.name, member.digest, f"{suite.suite.name}:{suite.split}", task.name, task.metric,
-                    tuple(map(float, items)), digests[task.name], _how(task), task.chance)
+class _Progress:
+    """How far all members are together: those that were measured before are done, others by what they have answered."""
+
+    def __init__(self, job: Job, missing: int, every: int):
+        self.job, self.every, self.came = job, every, every - missing
+        self.shares: dict[str, float] = {}
+        job.report(self.came * PARTS, every * PARTS, "members")
+
+    def __call__(self, done: int, total: int, note: str) -> None:
+        self.shares[note] = max(self.shares.get(note, 0.0), done / total)
+        self.job.report(int(PARTS * (self.came + sum(self.shares.values()))), PARTS * self.every,
+                        note.rpartition("/")[2])
 
 
-def _how(task) -> str:
+def _name(suite: Measured) -> str:
+    return f"{suite.suite.name}:{suite.split}"
+
+
+def _scores(member: Member, suite: Measured, results: Results) -> Iterator[Score]:
+    for task, _, how in _wanted(suite):
+        items, split = results[task.name]
+        yield Score(member.name, member.digest, _name(suite), task.name, task.metric, items, split, how, task.chance)
+
+
+def _wanted(suite: Measured) -> list[tuple[Task | Named, str, str]]:
+    """Each task with what its scores are known by, beside the member: the items, and how they are asked.
+
+    Whether items of the hub are the same is told by the bytes that lie here, which `how` names; their own digest is
+    known when they have been asked, and is "" until then.
+    """
+    digests = suite.digests()
+    return [*((task, digests[task.name], _how(task)) for task in suite.suite.tasks),
+            *((task, "", _how_named(task, suite)) for task in suite.suite.named)]
+
+
+def _how(task: Task) -> str:
     return canonical({"harness": HARNESS, **{key: value for key, value in asdict(task).items() if key != "data"}})
 
 
-def _key(score: Score) -> tuple[str, str, str]:
-    """What a score is known by: the bytes of the member, the items, and how they were asked."""
-    return score.digest, score.split, score.how
+def _how_named(task: Named, suite: Measured) -> str:
+    return canonical({"harness": f"lm-eval {version('lm_eval')}", "task": task.task, "metric": task.metric,
+                      "filter": task.filter, "num_fewshot": task.shots[suite.split],
+                      "data": suite.sources[task.name]})
 
 
-def _keys(member: Member, suite: Measured, digests: dict[str, str]) -> list[tuple[str, str, str]]:
-    return [(member.digest, digests[task.name], _how(task)) for task in suite.suite.tasks]
+def _keys(score: Score) -> tuple[tuple[str, str, str], ...]:
+    """What a score is known by: the bytes of the member, the items where they were known, and how they were asked."""
+    return (score.digest, score.split, score.how), (score.digest, "", score.how)
 
 
 def _mark(suite: Measured) -> str:
-    """Tells apart the task files of different data under one suite name."""
+    """Tells apart the task files and journals of different data under one suite name."""
     from glue.checkpoint import combined
 
-    return combined({name: member.digest for name, member in suite.data.items()})[:8]
+    return combined({**{name: member.digest for name, member in suite.data.items()}, **suite.sources})[:8]
