@@ -41,21 +41,30 @@ def identify(folder: Path, known: Path | None = None) -> tuple[str, str]:
     remembered = _remembered(known).get(key)
     if remembered and remembered["signature"] == signature:
         return remembered["fingerprint"], remembered["digest"]
-    files = _files(folder)
-    parts = {_told(file, folder): _file_digest(file) for file in files if not _holds_weights(file)}
-    fingerprint = hashlib.sha256(canonical(parts).encode()).hexdigest()
-    places = {folder if file == folder else file.parent for file in files if _holds_weights(file)}
-    if places:
-        checkpoints = {place: Checkpoint(place) for place in sorted(places)}
-        prints = [checkpoint.fingerprint for checkpoint in checkpoints.values()]
-        fingerprint = prints[0] if len(prints) == 1 else hashlib.sha256("|".join(prints).encode()).hexdigest()
-        for place, checkpoint in checkpoints.items():
-            parts["weights" if place == folder else f"{_told(place, folder)}/weights"] = weights_digest(checkpoint)
-    digest = combined(parts)
+    found = checkpoints(folder)
+    prints = [checkpoint.fingerprint for checkpoint in found.values()]
+    told = parts(folder)
+    if not prints:
+        prints = [hashlib.sha256(canonical(told).encode()).hexdigest()]
+    fingerprint = prints[0] if len(prints) == 1 else hashlib.sha256("|".join(prints).encode()).hexdigest()
+    told |= {name: weights_digest(checkpoint) for name, checkpoint in found.items()}
+    digest = combined(told)
     if known is not None and _signature(folder) == signature:  # else it was written to while it was read
         with suppress(OSError):  # a zoo that may only be read has no cache
             _note(known, key, signature, fingerprint, digest)
     return fingerprint, digest
+
+
+def parts(folder: Path) -> dict[str, str]:
+    """File -> digest of its content, for every file that counts but those that hold weights."""
+    return {_told(file, folder): _file_digest(file) for file in _files(folder) if not _holds_weights(file)}
+
+
+def checkpoints(folder: Path) -> dict[str, Checkpoint]:
+    """`weights` -> the weights of a folder; in a mixture by text also `experts/<name>/weights`, sorted by folder."""
+    places = {folder if file == folder else file.parent for file in _files(folder) if _holds_weights(file)}
+    return {"weights" if place == folder else f"{_told(place, folder)}/weights": Checkpoint(place)
+            for place in sorted(places)}
 
 
 def remember(folder: Path, known: Path, fingerprint: str, digest: str, *, files: Path) -> None:

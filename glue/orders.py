@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from glue.checkpoint import Checkpoint, Header, Weights, weights_digest
 from glue.errors import CheckpointError, GlueError, MethodError, RecipeError, did_you_mean, one_line
 from glue.hub import HUB, locate
-from glue.kinds.card import Card, Source, licence_of
+from glue.kinds.card import Card, Source
 from glue.kinds.frame import config_json
 from glue.kinds.furnish import furnish
+from glue.kinds.licence import licence_of
 from glue.member import FOLDER_NOTE, canonical
 from glue.merge.engine import OUTPUTS, Merge
 from glue.merge.mergekit.config import read_configs

@@ -6,6 +6,7 @@ writes lies in a draft folder until it is complete. Each run leaves a journal in
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -18,13 +19,15 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from glue.cards import source, told, write_card
 from glue.errors import GlueError, RunError
 from glue.files import append_line, point, publish, write_aside
-from glue.identity import identify, remember
-from glue.member import FOLDER_NOTE, Member, Origin, canonical
+from glue.identity import checkpoints, identify, remember
+from glue.member import FOLDER_NOTE, Member, Origin, Table, canonical
 from glue.plan import Plan, Task, make_plan
 from glue.recipe import Recipe
-from glue.steps import Job, Made
+from glue.stamp import stamp
+from glue.steps import RUNS, Job, Made
 from glue.workers import Workers
 from glue.zoo import Zoo
 
@@ -154,17 +157,22 @@ class _Run:
         final = task.folder(self.zoo)
         draft = self._draft(task)
         made = self._made(task, draft)
-        origin = replace(task.origin, made_with=_made_with(self.workers))
+        origin = replace(task.origin, made_with=made_with(self.workers))
         seen = frozenset().union(made.seen, *(member.seen for member in task.inputs))
         if made.same is not None:
             member = replace(made.same, name=task.name, tags=frozenset(task.line.tags), origin=origin, seen=seen,
                              note=made.note)
         else:
+            if made.kind in RUNS:
+                write_card(draft, task.name, origin, task.inputs, made.note)
+            for checkpoint in checkpoints(draft).values():
+                stamp(checkpoint)
             fingerprint, digest = identify(draft)
             member = self.zoo.with_base(Member(
                 task.name, made.kind, str(final), frozenset(task.line.tags), made.base, origin, fingerprint, digest,
                 _licence(task.inputs), seen, made.elements, made.note))
-        write_aside(draft / FOLDER_NOTE, canonical(_told(member)))
+        asked = {"evaluation": _asked(draft)} if made.kind == "table" and made.same is None else {}
+        write_aside(draft / FOLDER_NOTE, canonical({**_told(member, task.inputs), **asked}))
         self._make_room(final)
         if made.same is None and final.exists() and self._is(final, digest):
             shutil.rmtree(draft)  # another run has made it meanwhile, or this one was killed before it could say so
@@ -202,9 +210,7 @@ class _Run:
                       lambda done, total, note: self.watcher.progress(task, done, total, note))
             made = task.choice(job, **task.arguments)
         if made.kind == "group":
-            told = [{"name": item.name, "root": item.root and item.root.digest,
-                     "members": [member.digest for member in item.members]} for item in made.elements]
-            (draft / "elements.json").write_text(canonical(told))
+            write_elements(made, draft)
         return made
 
     def _sweep(self, kept: set[str]) -> None:
@@ -229,21 +235,46 @@ def _lives(process: int) -> bool:
     return True
 
 
-def _told(member: Member) -> dict[str, object]:
+def write_elements(made: Made, folder: Path) -> None:
+    """Put the elements of a group into its folder, by what they contain; its digest is that of this file."""
+    said = [{"name": item.name, "root": item.root and item.root.digest,
+             "members": [member.digest for member in item.members]} for item in made.elements]
+    (folder / "elements.json").write_text(canonical(said))
+
+
+def _told(member: Member, inputs: tuple[Member, ...]) -> dict[str, object]:
     """What a product's folder says of itself."""
     origin: Origin = member.origin  # type: ignore[assignment]
     return {"name": member.name, "kind": member.kind, "digest": member.digest, "fingerprint": member.fingerprint,
             "base": member.base.version if member.base else None, "licence": member.licence,
-            "seen": sorted(member.seen), "note": member.note, "origin": origin.as_dict(), "key": origin.key}
+            "seen": sorted(member.seen), "note": member.note, "origin": origin.as_dict(), "key": origin.key,
+            "inputs": told(origin, inputs)}
+
+
+def _asked(folder: Path) -> list[dict[str, object]]:
+    """Each task of a table once: its items by their digest, the harness with its version, and how it asked."""
+    rows = {(row.suite, row.task, row.metric, row.split, row.how): len(row.results)
+            for row in Table.read(Member("", "table", str(folder))).rows}
+    return [{"suite": suite, "task": task, "metric": metric, "items": items, "split": split,
+             "how": json.loads(how)}
+            for (suite, task, metric, split, how), items in rows.items()]
 
 
 def _licence(inputs: tuple[Member, ...]) -> str:
-    return ", ".join(sorted({member.licence for member in inputs if member.licence}))
+    """Every licence of the inputs once, those that their cards say too."""
+    return ", ".join(sorted(set(filter(None, ", ".join(source(member).licence for member in inputs).split(", ")))))
 
 
-def _made_with(workers: Workers) -> dict[str, str]:
-    found = {}
-    for name in RECORDED:
-        found[name] = version(name)
-    return {**found, "python": platform.python_version(), "machine": platform.machine(),
-            "threads": str(workers.threads)}
+def made_with(workers: Workers) -> dict[str, str]:
+    """Versions of what computes here, and the machine."""
+    return {**{name: version(name) for name in RECORDED}, "python": platform.python_version(),
+            "machine": platform.machine(), "processor": _processor(), "threads": str(workers.threads)}
+
+
+def _processor() -> str:
+    """What the system calls the processor, on which the last bits of a sum may depend."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

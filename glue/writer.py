@@ -2,6 +2,7 @@
 
 All sizes are known beforehand, so headers come first and every tensor has its place from the start. Files get their
 names once they are complete; what is finished is noted in a journal, and a writer with the same key goes on from it.
+Each header has room for the digest of all tensors, in every shard the same, which is put there last.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from glue.files import sync_folder, whole_lines, write_aside
 
 SHARD = 5_000_000_000  # bytes of tensors in one file
 JOURNAL = ".parts.jsonl"
+DIGEST = "glue_digest"   # its key among the metadata of a header
 BLOCK = 1 << 22        # bytes that are read at once
 DIRECT, PAGE = 1 << 19, 1 << 12  # bytes that go past the page cache at once; what their place and size are whole in
 NOTHING = mmap.mmap(-1, 1)
+BLANK = b"0" * 32      # where the digest of all tensors will stand
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Stream:
                 data = data[self._taken(data):]
             self._put(self._file, data)
         except OSError as problem:
-            raise _unwritten(self._layout.folder, problem) from None
+            raise unwritten(self._layout.folder, problem) from None
 
     def _taken(self, data: memoryview) -> int:
         """How many bytes were taken: up to the next page as they are, from there on into the buffer."""
@@ -136,7 +139,7 @@ class Stream:
             if self._layout.journal:
                 self._note(digest)
         except OSError as problem:
-            raise _unwritten(self._layout.folder, problem) from None
+            raise unwritten(self._layout.folder, problem) from None
         return digest
 
     def _note(self, digest: str) -> None:
@@ -177,7 +180,7 @@ class Writer:
                 self._begin()
         except OSError as problem:
             self.abort()
-            raise _unwritten(folder, problem) from None
+            raise unwritten(folder, problem) from None
         except BaseException:
             self.abort()
             raise
@@ -218,9 +221,11 @@ class Writer:
             part = self.layout.part(file)
             if not part.is_file() or part.stat().st_size != size:
                 return False
+            at, end = head.index(BLANK), head.index(BLANK) + len(BLANK)
             with open(part, "rb") as stream:
-                if stream.read(len(head)) != head:
-                    return False
+                found = stream.read(len(head))
+            if found[:at] + BLANK + found[end:] != head:  # one that was killed at its very end has a digest there
+                return False
         for record in told[1:]:
             name = record.get("name")
             if name in self.layout.places and self._written(name) == record.get("digest"):
@@ -259,10 +264,12 @@ class Writer:
         if not self._open:
             return combined(self.digests)
         assert not self.left, f"{len(self.left)} tensors were announced and not written, e.g. {sorted(self.left)[0]}"
+        digest = combined(self.digests)
         try:
-            for file in self._heads:
+            for file, (head, _) in self._heads.items():
                 handle = os.open(self.layout.part(file), os.O_WRONLY)
                 try:
+                    _write(handle, memoryview(digest.encode()), head.index(BLANK))
                     os.fsync(handle)
                 finally:
                     os.close(handle)
@@ -276,9 +283,9 @@ class Writer:
                 write_aside(self.folder / INDEX, json.dumps(index, indent=2))
             (self.folder / JOURNAL).unlink(missing_ok=True)
         except OSError as problem:
-            raise _unwritten(self.folder, problem) from None
+            raise unwritten(self.folder, problem) from None
         self._open = False
-        return combined(self.digests)
+        return digest
 
     def abort(self) -> None:
         """Give up what is not complete; nothing of it stays behind."""
@@ -290,6 +297,13 @@ class Writer:
         for part in self.folder.glob(".model*.safetensors.part"):
             part.unlink(missing_ok=True)
         (self.folder / JOURNAL).unlink(missing_ok=True)
+
+
+def packed(entries: Mapping[str, Any]) -> bytes:
+    """A header as it stands in a file."""
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _reserve(file: int, size: int) -> None:
@@ -306,7 +320,8 @@ def _write(file: int | None, data: memoryview, at: int) -> None:
         done += os.pwrite(file, data[done:], at + done)  # type: ignore[arg-type]
 
 
-def _unwritten(folder: Path, problem: OSError) -> RunError:
+def unwritten(folder: Path, problem: OSError) -> RunError:
+    """What to say where the disk refuses."""
     return RunError(f"{folder} cannot be written to: {problem.strerror or problem}",
                     fix="make room, or choose another place; the same command goes on from what is finished")
 
@@ -314,18 +329,17 @@ def _unwritten(folder: Path, problem: OSError) -> RunError:
 def _head(file: str, names: Iterable[str], headers: Mapping[str, Header],
           places: dict[str, tuple[str, int]]) -> tuple[bytes, int]:
     """The first bytes of a file and its size; puts the place of each tensor into `places`."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", DIGEST: BLANK.decode()}}
     offset = 0
     for name in sorted(names, key=lambda name: -headers[name].dtype.itemsize):  # so that each is aligned
         header = headers[name]
         entries[name] = {"dtype": DTYPE_NAMES[header.dtype], "shape": list(header.shape),
                          "data_offsets": [offset, offset + header.nbytes]}
         offset += header.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    head = packed(entries)
     for name in names:
-        places[name] = file, 8 + len(text) + entries[name]["data_offsets"][0]
-    return struct.pack("<Q", len(text)) + text, 8 + len(text) + offset
+        places[name] = file, len(head) + entries[name]["data_offsets"][0]
+    return head, len(head) + offset
 
 
 def _split(headers: Mapping[str, Header], limit: int) -> list[list[str]]:

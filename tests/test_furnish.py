@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from glue.errors import MethodError, ZooError
-from glue.kinds.card import Card, Source, agreed, card_text, licence_of
+from glue.kinds.card import Card, Source, card_text
 from glue.kinds.furnish import changed, furnish, template_of, template_text
+from glue.kinds.licence import agreed, licence_of
 
 CARD = Card("merged", "linear", (Source("owner/a", hub=True, revision="abc", digest="1f", licence="mit"),
                                  Source("b", digest="2e", licence="mit")), config="merge_method: linear\n")

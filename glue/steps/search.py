@@ -67,9 +67,14 @@ def search(job: Job, *, members: Many, strategy: Annotated[Any, Of("searching")]
     if not found.candidate.merged:
         member = ground.member(found.candidate.names[0])
         return Made(member.kind, seen=seen, same=member, note=note)
-    spread(ground.variants().merge(ground.setting(found.candidate)), job.folder, job.workers)
-    job.workers.call("glue.kinds.frame:copy_frame", ground.frame, job.folder)
+    write_candidate(job, ground, found.candidate)
     return Made("model", base=ground.frame, seen=seen, note=note)
+
+
+def write_candidate(job: Job, ground: Ground, candidate: Candidate) -> None:
+    """Stream the merge that a candidate is into the job's folder, with configuration and tokenizer."""
+    spread(ground.variants().merge(ground.setting(candidate)), job.folder, job.workers)
+    job.workers.call("glue.kinds.frame:copy_frame", ground.frame, job.folder)
 
 
 class Journal:

@@ -32,8 +32,9 @@ def finetune(out: Path, *, base: Path, data: Sequence[tuple[Path, float]], steps
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False,
+                                                 local_files_only=True)
     model.to(device)  # type: ignore[arg-type]
     datasets = [read_items(folder, tokenizer, model.config.max_position_embeddings) for folder, _ in data]
     batches = draw_batches(datasets, [weight for _, weight in data], batch_size, random.Random(seed))

@@ -36,7 +36,8 @@ def pretrain(out: Path, *, data: Sequence[tuple[Path, float]], vocabulary: Seque
 
     config = _config(architecture)
     train_tokenizer((f"{question} {answer}" for folder in vocabulary for question, answer in read_pairs(folder)), out)
-    tokenizer = AutoTokenizer.from_pretrained(out)
+    # without the word, what the environment says of the hub would be written into the tokenizer's configuration
+    tokenizer = AutoTokenizer.from_pretrained(out, local_files_only=True)
     config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     datasets = [read_items(folder, tokenizer, config.max_position_embeddings) for folder, _ in data]
