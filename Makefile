@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0 OMP_WAIT_POLICY=PASSIVE
 SPEED := benchmarks/speed/results/1b1.json
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+SOME := $(if $(CHROMIUM),,-m "not browser")
 CORES := $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: quickstart test check fix docs bench clean
@@ -11,13 +13,14 @@ quickstart: .venv/ready
 	$(OFFLINE) $(BIN)/glue run recipes/quickstart.yaml
 
 test: .venv/ready
-	$(OFFLINE) $(BIN)/python -m pytest -n $(CORES) --dist loadfile
+	$(OFFLINE) $(BIN)/python -m pytest -n $(CORES) --dist loadfile $(SOME)
 
 check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m glue.docs --check
 	$(BIN)/python -m benchmarks.speed table $(SPEED) --into README.md --check
+	$(BIN)/python -m benchmarks.reproduction table --check
 
 fix: .venv/ready
 	$(BIN)/ruff check --fix .
@@ -25,6 +28,7 @@ fix: .venv/ready
 docs: .venv/ready
 	$(BIN)/python -m glue.docs
 	$(BIN)/python -m benchmarks.speed table $(SPEED) --into README.md
+	$(BIN)/python -m benchmarks.reproduction table
 
 bench: .venv/ready
 	$(OFFLINE) $(BIN)/glue run recipes/quickstart.yaml --full

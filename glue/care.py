@@ -7,11 +7,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from glue.errors import ZooError, did_you_mean, one_line
+from glue.errors import SuiteError, ZooError, did_you_mean, one_line
+from glue.evaluate.imported import IMPORTED, add_scores
+from glue.evaluate.suite import parse
 from glue.files import REPLACED, write_aside
 from glue.hub import locate
 from glue.identity import identify
@@ -67,6 +69,25 @@ def added(zoo: Zoo, path: str, name: str | None, kind: str, base: str | None, ta
         raise ZooError(f"the zoo has a member '{called}' already", fix="choose another with --name")
     member = Member(called, kind, place, frozenset(tags), zoo[base] if base else None, licence=licence)
     return zoo.add(zoo.identified(member))
+
+
+def imported(zoo: Zoo, words: Sequence[str], folder: Path, suite: str = "") -> str:
+    """Take what lm-eval's own command has left in a folder as scores of one member; the suite they go by.
+
+    Raises ZooError where the words do not name one member, SuiteError where the folder cannot be read, or where the
+    suite is one of ours: its scores are known to be asked as its file says, and these are not.
+    """
+    found = [member for word in words for member in zoo.select(word)]
+    if len(found) != 1:
+        raise ZooError(f"the results are of one model, and {len(found)} members are named",
+                       fix="name the member that lm-eval has measured")
+    suite = suite or IMPORTED
+    name, _ = parse(suite)
+    if (zoo.file.parent / "benchmarks" / "suites" / f"{name}.yaml").exists():
+        raise SuiteError(f"'{name}' is a suite that glue asks itself",
+                         fix=f"choose another name, or leave out --suite, which stands for {IMPORTED}")
+    add_scores(folder, zoo.identified(found[0]), zoo.folder / "scores.jsonl", suite)
+    return suite
 
 
 def verified(zoo: Zoo, name: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The command line: run, plan, merge, board, zoo, eval, generate, methods, schema, init.
+"""The command line: run, plan, merge, board, eval, reproduce, generate, methods, schema, init; cli_zoo.py has glue zoo.
 
 Everything heavy is imported inside the commands, so that help appears at once.
 """
@@ -8,27 +8,22 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from glue.cli_zoo import HERE, Json, Quiet, ZooFile, opened, zoo_app
 from glue.errors import GlueError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Cluster, merge, mix and measure a zoo of language models, from YAML recipes.")
-zoo_app = typer.Typer(no_args_is_help=True, help="Look after the members of a zoo.")
 app.add_typer(zoo_app, name="zoo")
 
-ZooFile = Annotated[Path, typer.Option("--zoo", help="The zoo to work in.")]
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")]
 Seed = Annotated[int | None, typer.Option(help="Replaces the recipe's seed.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, results only.")]
 Lenient = Annotated[bool, typer.Option("--lenient", help="Unknown words of a merge config are notes, not errors.")]
 Untie = Annotated[bool, typer.Option("--untie", help="Where only some have an output layer, take others' embedding.")]
-HERE = Path("zoo.yaml")
 
 
 def main() -> None:
@@ -73,7 +68,7 @@ def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
         raise GlueError(f"{recipe} has no 'full: {{seeds: [...]}}'", fix="add it, or leave out --full")
     plans = []
     for one in seeds:
-        read, found = read_recipe(recipe, seed=one), _zoo(zoo)
+        read, found = read_recipe(recipe, seed=one), opened(zoo)
         with _workers(on, workers, threads) as pool, progress(quiet) as watcher:
             plans.append(make(read, found, pool, watcher))
         if read.board:
@@ -97,7 +92,7 @@ def plan(recipe: Annotated[Path, typer.Argument(help="A recipe, or a merge confi
         settings = Settings(seed or 0, lenient=lenient, untie=untie)
         print_orders(orders(recipe, Path(f"{recipe.stem}-merged"), settings, _zoo_or_none(zoo)), as_json)
     else:
-        print_plan(make_plan(read_recipe(recipe, seed=seed), _zoo(zoo)), as_json)
+        print_plan(make_plan(read_recipe(recipe, seed=seed), opened(zoo)), as_json)
 
 
 @app.command()
@@ -126,38 +121,108 @@ def merge(config: Annotated[Path, typer.Argument(help="A config of mergekit, or 
 
 
 @app.command()
-def board(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None, as_json: Json = False,
-          markdown: Annotated[Path | None, typer.Option(help="Also write the board to this file.")] = None) -> None:
-    """Show the leaderboard of a recipe that has been run. Reads, never runs."""
-    from glue.board import leaderboard
-    from glue.board import markdown as lines
+def board(recipe: Annotated[Path | None, typer.Argument(help="A recipe that has been run.")] = None,
+          suite: Annotated[str, typer.Option(help="Everyone who was measured on it, such as tiny:test.")] = "",
+          zoo: ZooFile = HERE, seed: Seed = None, as_json: Json = False,
+          markdown: Annotated[Path | None, typer.Option(help="Also write the board to this file.")] = None,
+          html: Annotated[Path | None, typer.Option(help="Also write all that is known as one page.")] = None) -> None:
+    """Show the leaderboard of a recipe that has been run, or of a suite. Reads, never runs."""
+    from glue.board import leaderboard, of_suite
     from glue.files import write_aside
     from glue.plan import make_plan
     from glue.recipe import read_recipe
+    from glue.report.html import page, report
+    from glue.report.markdown import markdown as lines
     from glue.show.boards import print_board
 
-    found = leaderboard(make_plan(read_recipe(recipe, seed=seed), _zoo(zoo)))
-    print_board(found, as_json)
+    if (recipe is None) == (not suite):
+        raise GlueError("a board is of a recipe or of a suite",
+                        fix="glue board recipes/quickstart.yaml, or  glue board --suite tiny:test")
+    found = opened(zoo)
+    plan = make_plan(read_recipe(recipe, seed=seed), found) if recipe else None
+    shown = leaderboard(plan) if plan else of_suite(found, suite)
+    print_board(shown, as_json)
     if markdown:
-        write_aside(markdown, "\n".join(lines(found)) + "\n")
+        write_aside(markdown, "\n".join(lines(shown)) + "\n")
+    if html:
+        write_aside(html, report(plan) if plan else page(shown))
 
 
 @app.command("eval")
 def evaluate(members: Annotated[list[str], typer.Argument(help="Names, or tag:x.")],
-             suite: Annotated[str, typer.Option(help="A suite and split, such as tiny:test.")],
+             suite: Annotated[str, typer.Option(help="A suite and split, such as tiny:test.")] = "",
+             from_lm_eval: Annotated[Path | None, typer.Option(
+                 "--import", help="Measure nothing: take what lm-eval's own command has left in this folder.")] = None,
+             device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "cpu",
+             batch_size: Annotated[str, typer.Option(help="Questions at once, or auto.")] = "auto",
              zoo: ZooFile = HERE, workers: int | None = None, quiet: Quiet = False, as_json: Json = False) -> None:
     """Measure members on a suite with lm-eval, and show the table. The same as a recipe with one evaluate line."""
-    from glue.board import plain
+    from glue.board import of_suite, plain
+    from glue.care import imported
     from glue.once import step
     from glue.show.boards import print_board
     from glue.show.terminal import progress
     from glue.workers import Workers
 
+    found = opened(zoo)
+    if from_lm_eval:
+        known = imported(found, members, from_lm_eval, suite)
+        print_board(of_suite(found, known), as_json)
+        return
+    if not suite:
+        raise GlueError("it is not said what to measure", fix="--suite tiny:test, or  --import DIR  of lm-eval")
     with Workers(_cores() if workers is None else workers) as pool, progress(quiet) as watcher:
-        found = _zoo(zoo)
         names = [member.name for word in members for member in found.select(word)]  # a recipe's tag:x sees less
-        done = step(found, "scores", "evaluate", {"members": names, "suite": suite}, pool, watcher)
+        done = step(found, "scores", "evaluate", {"members": names, "suite": suite, "device": device, "batch_size":
+                                                  int(batch_size) if batch_size.isdigit() else batch_size},
+                    pool, watcher)
     print_board(plain(done, done["scores"]), as_json)
+
+
+@app.command()
+def reproduce(what: Annotated[str, typer.Argument(help="The folder of a product, or a member.")],
+              search: Annotated[bool, typer.Option("--search", help="Search again, not only its recorded choice.")]
+              = False, workers: int | None = None,
+              threads: Annotated[int, typer.Option(help="As recorded, for the same last bits.")] = 1,
+              zoo: ZooFile = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
+    """Make a product again from its own folder and the inputs that it names, and compare digest by digest.
+
+    Exit code 1 where the result, or an input, is not what it was.
+    """
+    from glue.reproduce import reproduce as again
+    from glue.show.reproduction import print_reproduction, working
+
+    with _workers("here", workers, threads) as pool, working(quiet or as_json) as report:
+        done = again(what, opened(zoo), pool, search=search, report=report)
+    print_reproduction(done, as_json)
+    if not done.equal:
+        raise typer.Exit(1)
+
+
+@app.command()
+def push(member: str, repository: Annotated[str, typer.Argument(help="owner/name on the hub.")],
+         private: Annotated[bool, typer.Option("--private", help="For your eyes only.")] = False,
+         revision: Annotated[str, typer.Option(help="A branch, made where it is not there; default: main.")] = "",
+         message: Annotated[str, typer.Option(help="Of the commit.")] = "",
+         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; needs no network.")] = False,
+         similarity: Annotated[bool, typer.Option("--similarity", help="Compare what went in, if nobody has.")] = False,
+         zoo: ZooFile = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
+    """Send a member to the hub in one commit: verified, with a card of all that is known of it by now."""
+    from glue.push import packed
+    from glue.push import push as send
+
+    parcel = packed(opened(zoo), member, repository, similarity=similarity)
+    if not as_json and (dry_run or not quiet):
+        print("\n".join(parcel.lines()), file=sys.stdout if dry_run else sys.stderr)
+    done = None if dry_run else send(parcel, private=private, revision=revision, message=message,
+                                     quiet=quiet or as_json)
+    if as_json:
+        print(json.dumps({**parcel.as_data(), "commit": done.url if done else "",
+                          "removed": list(done.removed) if done else []}, indent=1))
+    elif done:
+        for file in done.removed:
+            print(f"removed there: {file}", file=sys.stderr)
+        print(done.url)
 
 
 @app.command()
@@ -168,7 +233,7 @@ def generate(member: str, prompt: Annotated[str, typer.Option(help="What it goes
     from glue.kinds import load
     from glue.kinds.text import continued
 
-    print(continued(load(_zoo(zoo)[member], device=device), prompt, tokens))
+    print(continued(load(opened(zoo)[member], device=device), prompt, tokens))
 
 
 @app.command()
@@ -197,161 +262,9 @@ def init(folder: Annotated[Path, typer.Argument(help="Where the new zoo shall be
         print(f"wrote {file}")
 
 
-@zoo_app.command("list")
-def zoo_list(selector: Annotated[str | None, typer.Argument(help="tag:x or a name.")] = None, zoo: ZooFile = HERE,
-             as_json: Json = False) -> None:
-    """List the newest version of every member."""
-    from glue.show.zoo import print_members
-
-    found = _zoo(zoo)
-    print_members(found.select(selector) if selector else list(found), as_json)
-
-
-@zoo_app.command()
-def show(name: str, zoo: ZooFile = HERE, as_json: Json = False) -> None:
-    """Show one member: where it is, what it came from, its versions."""
-    from glue.show.zoo import print_member
-
-    found = _zoo(zoo)
-    member = found[name]
-    with suppress(GlueError):  # one that is not on this machine has no digest, and all else can be told
-        member = found.identified(member)
-    print_member(member, found.versions(name.partition("@")[0]), as_json)
-
-
-@zoo_app.command()
-def atlas(selector: Annotated[str | None, typer.Argument(help="tag:x, a group or a name; default: everything.")] = None,
-          base: Annotated[str | None, typer.Option(help="Measure changes from this member.")] = None,
-          threshold: Annotated[float, typer.Option(help="Of the cosine, for families.")] = 0.95,
-          linkage: Annotated[str, typer.Option(help="leader, single, average, complete.")] = "average",
-          part: Annotated[str, typer.Option(help="all, attention, mlp.")] = "all",
-          twins: Annotated[bool, typer.Option("--twins", help="Look for twins hidden by permutation too.")] = False,
-          picture: Annotated[Path | None, typer.Option(help="Draw it: atlas.svg, or atlas.png.")] = None,
-          zoo: ZooFile = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
-    """Tell from weights which members belong together, what they come from, and which pairs can be merged."""
-    from glue.atlas import atlas as look
-    from glue.report.atlas import picture as drawn
-    from glue.report.drawing import check, save
-    from glue.show.terminal import passes
-    from glue.show.zoo import print_atlas
-
-    if picture:
-        check(picture)
-    found = look(_zoo(zoo), selector, base=base, threshold=threshold, linkage=linkage, part=part,  # type: ignore[arg-type]
-                 twins=twins, progress=passes(quiet or as_json))
-    if picture:
-        save(drawn(found), picture)
-    print_atlas(found, as_json)
-
-
-@zoo_app.command("near")
-def zoo_near(member: str, selector: Annotated[str | None, typer.Argument(help="Of whom; default: everyone.")] = None,
-             base: Annotated[str | None, typer.Option(help="Compare changes from this member.")] = None,
-             part: Annotated[str, typer.Option(help="all, attention, mlp.")] = "all",
-             zoo: ZooFile = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
-    """Tell who is most like a member, from sketches that are kept: seconds, however many there are."""
-    from glue.near import near
-    from glue.show.terminal import passes
-    from glue.show.zoo import print_near
-
-    print_near(member, near(_zoo(zoo), member, selector, base=base, part=part,  # type: ignore[arg-type]
-                            progress=passes(quiet or as_json)), as_json)
-
-
-@zoo_app.command("align")
-def zoo_align(member: str, out: Annotated[Path, typer.Argument(help="The folder to make.")],
-              to: Annotated[str, typer.Option(help="Its twin, whose order it shall have.")], zoo: ZooFile = HERE,
-              as_json: Json = False) -> None:
-    """Write a member with its neurons and heads in the order of its twin: the same function, now mergeable."""
-    from glue.align import align
-
-    done = align(_zoo(zoo), member, to, out)
-    print(json.dumps(done, indent=1) if as_json else
-          f"{out}: {member} in the order of {to}; cosine {done['cosine_before']:.4f} before, "
-          f"{done['cosine_after']:.4f} now\nglue zoo add {out}  adds it to the zoo")
-
-
-@zoo_app.command()
-def routes(table: Annotated[str, typer.Argument(help="What a routing step has left.")],
-           picture: Annotated[Path | None, typer.Option(help="Draw it: routes.svg, or routes.png.")] = None,
-           zoo: ZooFile = HERE, as_json: Json = False) -> None:
-    """Show whom mixtures ask for what, how evenly, and what a better choice would score."""
-    from glue.report.drawing import check, save
-    from glue.report.routing import picture as drawn
-    from glue.report.routing import read
-    from glue.show.routes import print_routes
-
-    if picture:
-        check(picture)
-    reports = read(_zoo(zoo)[table])
-    if picture:
-        save(drawn(reports), picture)
-    print_routes(reports, as_json)
-
-
-@zoo_app.command()
-def add(path: Annotated[str, typer.Argument(help="A folder, or owner/name[@revision] on the hub.")],
-        name: Annotated[str | None, typer.Option(help="Default: the last part of the path.")] = None,
-        kind: str = "model", base: Annotated[str | None, typer.Option(help="The member it derives from.")] = None,
-        tag: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
-        licence: str = "", zoo: ZooFile = HERE) -> None:
-    """Add a model, adapter or dataset to the zoo's register. zoo.yaml itself is not touched."""
-    from glue.care import added
-
-    member = added(_zoo(zoo), path, name, kind, base, set(tag or ()), licence)
-    print(f"added {member.name} ({member.kind}, digest {member.digest[:8]})")
-
-
-@zoo_app.command()
-def remove(name: str, zoo: ZooFile = HERE) -> None:
-    """Take a product or an added member out of the register. Its files stay until `glue zoo gc`."""
-    found = _zoo(zoo)
-    member = found.remove(name)
-    ours = str(member.path).startswith(f"{found.folder}/")
-    print(f"removed {member.name}; its files {'go with  glue zoo gc --yes' if ours else 'stay where they are'}")
-
-
-@zoo_app.command()
-def tag(name: str, add: Annotated[list[str] | None, typer.Option(help="A tag to add.")] = None,
-        drop: Annotated[list[str] | None, typer.Option(help="A tag to take away.")] = None,
-        zoo: ZooFile = HERE) -> None:
-    """Add and drop tags of a member."""
-    member = _zoo(zoo).tag(name, set(add or ()), set(drop or ()))
-    print(f"{member.name}: {', '.join(sorted(member.tags)) or 'no tags'}")
-
-
-@zoo_app.command()
-def verify(name: str, zoo: ZooFile = HERE) -> None:
-    """Read every byte of a member again, compare with its registered digest, and print sha256 sums."""
-    from glue.care import verified
-
-    for line in verified(_zoo(zoo), name):
-        print(line)
-
-
-@zoo_app.command()
-def gc(zoo: ZooFile = HERE,
-       yes: Annotated[bool, typer.Option("--yes", help="Really delete; without it, only tell.")] = False) -> None:
-    """Find folders of products that no member refers to, and older versions nothing depends on; --yes deletes them."""
-    from glue.care import unreferenced
-    from glue.show.terminal import human
-
-    found = unreferenced(_zoo(zoo), delete=yes)
-    for folder, size in found:
-        print(f"{'deleted' if yes else 'would delete'} {folder} ({human(size)})")
-    total = human(sum(size for _, size in found))
-    print(f"{len(found)} folders, {total}" + ("" if yes or not found else "; add --yes to delete them"))
-
-
-def _zoo(file: Path) -> Any:
-    from glue.zoo import Zoo
-
-    return Zoo(file)
-
-
 def _zoo_or_none(file: Path) -> Any:
     """The zoo where there is one: a merge config can do without."""
-    return _zoo(file) if file.exists() or file != HERE else None
+    return opened(file) if file.exists() or file != HERE else None
 
 
 def _workers(on: str, number: int | None, threads: int) -> Any:

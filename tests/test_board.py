@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glue.board import leaderboard, markdown
+from glue.board import leaderboard, of_suite
 from glue.errors import GlueError
-from glue.member import Member, Origin, Score, Table
+from glue.member import Member, Origin, Score, Table, canonical
 from glue.plan import Plan, Task
 from glue.recipe import read_recipe
+from glue.report.markdown import markdown
 from glue.show.boards import board_data
 from glue.zoo import Zoo
 
@@ -38,7 +39,7 @@ def plan(tmp_path: Path) -> Callable[..., Plan]:
         rows = [Score(f"r/{name}", {"same": "fair"}.get(name, name) * 8, "s:test", task, "acc", tuple(items), "d", "h",
                       seen_by_search=seen) for name, tasks in results.items() for task, items in tasks.items()]
         table = tmp_path / "table"
-        table.mkdir()
+        table.mkdir(exist_ok=True)
         Table(tuple(rows)).write(table)
         recipe, tasks = read_recipe(tmp_path / "r.yaml"), []
         for line in recipe.lines:
@@ -81,6 +82,82 @@ def test_items_that_a_search_has_seen_are_marked(plan):
     board = leaderboard(plan(shares(0.8, 0.5), seen=True))
     assert all(row.seen for row in board.rows)
     assert "searched on these items" in "\n".join(markdown(board))
+
+
+def test_ranks_and_leaders_are_those_of_the_statistics_and_least_is_told(plan):
+    board = leaderboard(plan(shares(0.8, 0.5)))
+    assert [row.rank[:] for row in board.rows] == [(1, 1, 1), (2, 2, 2)]
+    assert board.sure.leaders == ("good",) and 0.05 < board.sure.least < 0.15
+    close = leaderboard(plan(shares(0.51, 0.50)))
+    assert [row.rank[:] for row in close.rows] == [(1, 1, 2), (2, 1, 2)]
+    assert "better than good, fair;" in str(close.sure)
+
+
+def test_members_with_other_items_have_no_ranks(plan):
+    results = shares(0.8, 0.5)
+    results["fair"] = results["same"] = {"a": results["fair"]["a"][:150], "b": results["fair"]["b"]}
+    with pytest.raises(GlueError, match="200 and on 150 items"):
+        leaderboard(plan(results))  # its claims compare them
+    board = leaderboard(plan(results, RECIPE.split("  claims")[0].replace("  headline: good\n", "")))
+    assert board.sure is None and all(row.rank is None for row in board.rows)
+    assert "| 1 | good |" in "\n".join(markdown(board))
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> Callable[..., Zoo]:
+    """A zoo in whose store lie these scores: (member, digest, task, results, split, how)."""
+    def make(*told: tuple[str, str, str, list[float], str, str], members: str = "{}") -> Zoo:
+        (tmp_path / "zoo").mkdir()
+        (tmp_path / "zoo.yaml").write_text(f"members: {members}\n")
+        lines = [Score(name, digest, "s:test", task, "acc", tuple(results), split, how).as_dict()
+                 for name, digest, task, results, split, how in told]
+        (tmp_path / "zoo/scores.jsonl").write_text("".join(canonical(line) + "\n" for line in lines))
+        return Zoo(tmp_path / "zoo.yaml")
+    return make
+
+
+def test_a_suites_board_compares_only_like_with_like_and_tells_who_is_left_out(scored):
+    good, bad = [1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0]
+    board = of_suite(scored(("a", "1", "t", good, "x", "h"), ("b", "2", "t", bad, "x", "h"),
+                            ("c", "3", "t", good, "other items", "h"), ("b", "2", "t", good, "x", "other shots"),
+                            ("a", "1", "u", good, "x", "h"), ("b", "2", "u", good, "x", "h"),
+                            ("a", "1", "only a", good, "x", "h")), "s:test")
+    assert [(row.member, row.tasks) for row in board.rows] == [("a@1", {"t": 0.75, "u": 0.75}),
+                                                               ("b@2", {"t": 0.25, "u": 0.75})]
+    assert board.notes == ("t: c left out, measured on other items or in another way",
+                           "tasks left out, which fewer members have: only a", "c left out, not measured on all tasks")
+    assert [row.rank.value for row in board.rows] == [1, 2]
+
+
+def test_a_suite_in_points_above_chance_is_counted_as_its_file_says(scored, tmp_path):
+    file = tmp_path / "benchmarks/suites/s.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("""normalised: true
+tasks:
+  x1: {task: one, metric: acc, chance: 0.5, num_fewshot: 0, under: x}
+  x2: {task: two, metric: acc, chance: 0.25, num_fewshot: 0, under: x}
+  y:  {task: three, metric: acc, chance: 0.0, num_fewshot: 0}
+""")
+    right = {"x1": [1.0] * 90 + [0.0] * 10, "x2": [1.0] * 40 + [0.0] * 60, "y": [1.0] * 30 + [0.0] * 70}
+    wrong = {"x1": [1.0] * 40 + [0.0] * 60, "x2": [1.0] * 25 + [0.0] * 75, "y": [0.0] * 100}
+    board = of_suite(scored(*((name, name, task, results, "i", "h") for name, some in (("a", right), ("b", wrong))
+                              for task, results in some.items())), "s:test")
+    first, last = board.rows
+    assert first.mean.value == pytest.approx(((0.4 / 0.5 + 0.15 / 0.75) / 2 + 0.3) / 2)
+    assert last.mean[:2] == (0.0, 0.0) and 0 < last.mean.high < 0.1  # below chance counts as chance
+    assert first.rank[:] == (1, 1, 1) and "points above chance" in "\n".join(markdown(board))
+
+
+def test_a_suite_nobody_was_measured_on_is_told_with_the_nearest(scored):
+    with pytest.raises(GlueError, match="nobody was measured on 's:tset'.*s:test"):
+        of_suite(scored(("a", "1", "t", [1.0, 0.0], "x", "h")), "s:tset")
+
+
+def test_names_of_others_end_no_cell_of_markdown(plan):
+    results = shares(0.8, 0.5)
+    text = RECIPE.split("board:")[0] + "board: {table: scored}\n"
+    board = leaderboard(plan({name: {"a|b": row["a"], "c": row["b"]} for name, row in results.items()}, text))
+    assert len({line.replace("\\|", "").count("|") for line in markdown(board) if line.startswith("|")}) == 1
 
 
 def test_markdown_has_a_row_for_each_member_and_a_line_for_each_claim(plan):

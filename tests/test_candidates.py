@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from glue.board import leaderboard, markdown
+from glue.board import leaderboard
 from glue.checkpoint import Checkpoint
 from glue.errors import MethodError
 from glue.evaluate.fast import score
@@ -31,6 +31,7 @@ from glue.merge.variants import Variants, marks
 from glue.merge.write import write
 from glue.plan import Plan, make_plan
 from glue.recipe import read_recipe
+from glue.report.markdown import markdown
 from glue.run import run
 from glue.search.candidate import Candidate
 from glue.steps import Measured

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from glue.board import costs, leaderboard, markdown
+from glue.board import costs, leaderboard
 from glue.errors import GlueError
 from glue.family import families
 from glue.kinds import load, weights
@@ -19,6 +19,7 @@ from glue.mix.parts import Dev, Parts
 from glue.mix.site import Gate, gates, plain
 from glue.plan import make_plan
 from glue.recipe import read_recipe
+from glue.report.markdown import markdown
 from glue.run import run
 from glue.workers import Workers
 from glue.zoo import Zoo

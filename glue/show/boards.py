@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table as Grid
 
-from glue.board import Leaderboard, costs, leaderboard, markdown
+from glue.board import Leaderboard, costs, leaderboard
 from glue.files import write_aside
 from glue.plan import Plan
+from glue.report.markdown import markdown, ranked
 from glue.show.terminal import console
 
 
@@ -24,6 +25,8 @@ def print_board(board: Leaderboard, as_json: bool = False) -> None:
     out = console()
     out.print()
     out.print(_grid(board))
+    for line in _foot(board):
+        out.print(f"[dim]{escape(line)}[/]")
     if board.searches:
         out.print()
         out.print(_costs(board))
@@ -38,7 +41,7 @@ def print_board(board: Leaderboard, as_json: bool = False) -> None:
 def _grid(board: Leaderboard) -> Grid:
     tasks = list(board.rows[0].tasks)
     grid = Grid(title=board.title, title_justify="left", box=None, pad_edge=False)
-    grid.add_column("#", justify="right", style="dim")
+    grid.add_column("rank", style="dim", no_wrap=True)
     grid.add_column("member", overflow="fold", max_width=44)
     grid.add_column("type", style="dim")
     grid.add_column("mean", justify="right", style="bold")
@@ -48,19 +51,32 @@ def _grid(board: Leaderboard) -> Grid:
     more = costs(board)
     for heading in (*tasks, *more):
         grid.add_column(heading, justify="right")
-    for rank, row in enumerate(board.rows, start=1):
+    for place, row in enumerate(board.rows, start=1):
         cells = [f"[{'bold green' if row.tasks[task] == best[task] else 'default'}]{row.tasks[task] * 100:.0f}[/]"
                  for task in tasks]
         bar = "█" * round(row.mean.value * 20)
         others = "".join(f" = {name}" for name in row.others[:2])
         others += f" and {len(row.others) - 2} more" if len(row.others) > 2 else ""
-        name = f"[{'dim' if row.seen else 'default'}]{escape(row.member)}{'*' if row.seen else ''}[/]"
-        grid.add_row(str(rank), f"{name}[dim]{escape(others)}[/]", row.kind, f"{row.mean.value * 100:.1f}",
-                     f"{row.mean.low * 100:.1f}-{row.mean.high * 100:.1f}", f"[cyan]{bar}[/]", *cells,
-                     *(f"[dim]{tell(row)}[/]" for tell in more.values()))
-    if any(row.seen for row in board.rows):
-        grid.caption = "* a search of its lineage has seen these items"
+        name = f"{escape(row.member)}{'*' if row.seen else ''}[dim]{escape(others)}[/]"
+        mean = row.mean
+        grid.add_row(ranked(row.rank, place), name, row.kind, f"{mean.value * 100:.1f}",
+                     f"{mean.low * 100:.1f}-{mean.high * 100:.1f}", f"[cyan]{bar}[/]", *cells,
+                     *(f"[dim]{tell(row)}[/]" for tell in more.values()), style="dim" if row.seen else None)
     return grid
+
+
+def _foot(board: Leaderboard) -> Iterator[str]:
+    """What has to be known to read the grid."""
+    if any(row.seen for row in board.rows):
+        yield "* a search of its lineage has seen these items"
+    ends = [row.interval(task) for row in board.rows for task in row.tasks]
+    most = max(max(end.high - end.value, end.value - end.low) for end in ends)
+    yield f"rank (95 % interval); a single task is known within {most * 100:.1f} points or better"
+    if board.scale.suite:
+        yield f"mean: {board.scale.about}"
+    if board.sure:
+        yield str(board.sure)
+    yield from board.notes
 
 
 def _costs(board: Leaderboard) -> Grid:
@@ -96,11 +112,18 @@ def write_boards(plans: Sequence[Plan]) -> Path:
 def board_data(board: Leaderboard) -> dict[str, Any]:
     """A leaderboard as plain data."""
     return {"title": board.title, "items": board.items, "headline": board.headline,
-            "claims": [{"text": claim.text, "holds": claim.holds} for claim in board.claims],
+            "notes": list(board.notes),
+            "leaders": list(board.sure.leaders) if board.sure else None,
+            "detectable": board.sure.least if board.sure else None,
+            "claims": [{"text": claim.text, "holds": claim.holds,
+                        **({"gap": claim.gap.value, "low": claim.gap.low, "high": claim.gap.high} if claim.gap else {})}
+                       for claim in board.claims],
             "searches": [{"search": search.name, "items": search.items, "candidates": search.candidates,
                           "found": search.found, "mean": search.mean.value} for search in board.searches],
             "rows": [{"member": row.member, "others": list(row.others), "kind": row.kind, "mean": row.mean.value,
-                      "low": row.mean.low, "high": row.mean.high, "tasks": row.tasks, "seen": row.seen,
+                      "low": row.mean.low, "high": row.mean.high, "seen": row.seen, "tasks": row.tasks,
+                      "intervals": {task: row.interval(task)[1:] for task in row.tasks},
+                      "rank": row.rank and {"value": row.rank.value, "best": row.rank.best, "worst": row.rank.worst},
                       "parameters": row.size and row.size.whole, "active": row.size and row.size.active,
                       "tokens_per_second": row.pace}
                      for row in board.rows]}

@@ -9,6 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table as Grid
 
+from glue.cards import licence_remarks
 from glue.family import families
 from glue.hub import locate
 from glue.merges import order_row
@@ -35,8 +36,10 @@ def print_plan(plan: Plan, as_json: bool) -> None:
         writes = f"{row['folder']}, {human(row['bytes_written'])}" if row["bytes_written"] else row["folder"]
         grid.add_row(f"[{colour}]{row['state']}[/]", row["step"], escape(row["name"] + why), reads, writes)
     console().print(grid)
+    for remark in licence_remarks(plan):
+        console().print(f"[yellow]note[/] {escape(remark)}")
     done = sum(task.state in ("done", "alias") for task in plan)
-    rest = "" if plan.done else f"; glue run {plan.recipe.file} makes the rest"
+    rest = "" if done == len(rows) else f"; glue run {plan.recipe.file} makes the rest"
     print(f"{done} of {len(rows)} tasks are done{rest}")
 
 

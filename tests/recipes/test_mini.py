@@ -11,15 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from glue import cli
 from glue.board import leaderboard
 from glue.member import FOLDER_NOTE, Table
 from glue.once import step
 from glue.plan import Plan, make_plan
 from glue.recipe import read_recipe
+from glue.report.html import report
 from glue.run import Watcher, run
 from glue.steps import steps
 from glue.workers import Workers
 from glue.zoo import Zoo
+from tests.browser import chromium
 
 ROOT = Path(__file__).parents[2]
 
@@ -156,3 +159,69 @@ def test_what_was_measured_once_is_not_measured_again(place: Path, plan: Plan, m
     rows = Table.read(done["scores"]).rows
     assert {row.member for row in rows} == set(members)
     assert all(row.results == board[row.digest, row.task] for row in rows)
+
+
+def said(words: list[str], place: Path, monkeypatch, capsys) -> tuple[int, str]:
+    """The exit code and the output of a command of glue in that place."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["glue", *words])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return int(left.value.code or 0), capsys.readouterr().out
+
+
+def test_a_mixture_is_made_again_from_its_folder_and_a_changed_input_is_told(place: Path, plan: Plan, tmp_path: Path,
+                                                                             monkeypatch, capsys):
+    here = tmp_path / "here"
+    shutil.copytree(place, here, symlinks=True)
+    shutil.rmtree(here / "recipes")
+    code, text = said(["reproduce", "zoo/mini/glued", "--workers", "0", "-q"], here, monkeypatch, capsys)
+    assert (code, text.split()[0]) == (0, "equal")
+    assert plan["glued"].digest in text
+    file = here / Path(plan["merged/A-base"].path).relative_to(place) / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    code, text = said(["reproduce", "mini/glued", "--workers", "0", "--json"], here, monkeypatch, capsys)
+    told = json.loads(text)
+    assert code == 1 and not told["equal"] and told["lost"][0]["name"] == "mini/merged/A-base"
+
+
+def test_the_board_of_a_suite_shows_everyone_who_was_measured_on_it(place: Path, plan: Plan, monkeypatch, capsys,
+                                                                    tmp_path: Path):
+    code, text = said(["board", "--suite", "mini:test", "--json", "--html", str(tmp_path / "b.html"), "--markdown",
+                       str(tmp_path / "b.md")], place, monkeypatch, capsys)
+    of_recipe = leaderboard(plan)
+    rows = {row["member"]: row["mean"] for row in json.loads(text)["rows"]}
+    assert code == 0 and {f"mini/{row.member}" for row in of_recipe.rows if "/" not in row.member} <= set(rows)
+    assert rows["mini/glued"] == of_recipe.rows[0].mean.value
+    assert "mini/glued" in (tmp_path / "b.html").read_text() and "| mini/glued |" in (tmp_path / "b.md").read_text()
+
+
+def test_the_report_of_a_recipe_is_one_page(place: Path, plan: Plan, monkeypatch, capsys, tmp_path: Path):
+    code, _ = said(["board", "recipes/mini.yaml", "--html", str(tmp_path / "r.html")], place, monkeypatch, capsys)
+    page = (tmp_path / "r.html").read_text()
+    assert code == 0 and all(f'<section id="{part}"' in page for part in ("board", "similarity", "searches", "lineage"))
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_report_of_a_run_opens_offline_without_complaint_and_fits_the_window(place: Path, plan: Plan, width: int,
+                                                                                  tmp_path: Path):
+    (tmp_path / "page.html").write_text(report(plan), encoding="utf-8")
+    with chromium(tmp_path / "profile") as window:
+        window.open(tmp_path / "page.html", width)
+        assert window.troubles == [] and [url.partition(":")[0] for url in window.asked] == ["file"]
+        assert window.value("document.documentElement.scrollWidth") == width
+        for part in ("table.board", "#similarity svg.drawn", "svg.walk", "svg.graph"):
+            assert window.value(f"document.querySelector('{part}').getBoundingClientRect().height") > 80, part
+
+
+def test_a_board_of_nothing_or_of_two_things_says_what_it_may_be_of(place: Path, monkeypatch, capsys):
+    for words in (["board"], ["board", "recipes/mini.yaml", "--suite", "mini:test"], ["eval", "mini/glued"]):
+        assert said(words, place, monkeypatch, capsys)[0] == 2
+
+
+def test_the_lineage_of_a_mixture_goes_down_to_what_was_trained(place: Path, plan: Plan, monkeypatch, capsys):
+    code, text = said(["zoo", "lineage", "mini/glued"], place, monkeypatch, capsys)
+    assert code == 0 and text.startswith("mini/glued") and "mini/A-base" in text and "pretrain/" in text
