@@ -16,9 +16,9 @@ from glue.search.candidate import Candidate, group_of
 from glue.search.space import Gain, Space
 
 TASKS = np.repeat([0, 1], [30, 10])
-FIXTURE = Path(__file__).parent / "fixtures" / "model_glue_scores.csv"  # published: twelve members, six accuracies
+TABLE = Path(__file__).parents[1] / "benchmarks/paper/model_glue_scores.csv"  # twelve members, six accuracies
 SCORES = {row.pop("model_name").split("/")[1]: tuple(map(float, row.values()))
-          for row in csv.DictReader(FIXTURE.open())}
+          for row in csv.DictReader(TABLE.open())}
 RANKED = ["Synthia-7B-v1.2", "Llama-2-7b-evolcodealpaca", "OpenHermes-7B", "pygmalion-2-7b", "Llama-2-7b-chat-hf",
           "BeingWell_llama2_7b", "MetaMath-7B-V1.0", "vicuna-7b-v1.5", "Platypus2-7B", "Llama-2-7b-WikiChat-fused",
           "dolphin-llama2-7b", "Llama-2-ko-7b-Chat"]
