@@ -20,7 +20,7 @@ from glue.steps import Takes
 if TYPE_CHECKING:
     from glue.plan import Plan, Task
 
-LOADS = {"lora": "peft", "data": ""}  # step -> the package that loads it, where it is not transformers
+LOADS = {"adapter": "peft", "dataset": ""}  # kind -> the package that loads it, where it is not transformers
 FACTS = ("revision", "digest", "licence")
 DATA = ("dataset", "table")
 Terms = Mapping[str, tuple[str, ...]]  # name of a member -> its licences
@@ -33,6 +33,7 @@ SAID: Mapping[str, tuple[str, str, str, tuple[str, ...]]] = {
     "mix": ("merge", "Mixture", "Language models joined by a router", ("merge", "moe")),
     "tune": ("finetune", "Tuning", "A language model that was taught more", ()),
     "lora": ("adapter", "Tuning", "A LoRA adapter over a language model", ("lora",)),
+    "extract": ("adapter", "Extraction", "What a language model changes of its base, as a LoRA adapter", ("lora",)),
     "pretrain": ("", "Training", "A language model trained from nothing", ()),
     "mergekit": ("merge", "Merge", "A merge of pre-trained language models", ("mergekit", "merge")),
     "data": ("", "Making", "Questions and answers", ())}
@@ -122,18 +123,18 @@ def _remark(name: str, terms: Terms) -> str:
     return f"{name}: licences {' and '.join(whose)} bind what is made of them, each with terms of its own; read them"
 
 
-def write_card(folder: Path, name: str, origin: Origin, inputs: Sequence[Member], note: str) -> None:
+def write_card(folder: Path, name: str, origin: Origin, inputs: Sequence[Member], note: str, kind: str) -> None:
     """Put a card beside what a step has left, unless the step has done so itself from a config."""
     if not (folder / GIVEN).exists():
-        write_aside(folder / CARD, card_text(card_of(name, origin, inputs, note)))
+        write_aside(folder / CARD, card_text(card_of(name, origin, inputs, note, kind)))
 
 
-def card_of(name: str, origin: Origin, inputs: Sequence[Member], note: str) -> Card:
-    """The card of what a step makes of these members."""
-    return card_from(name, origin, told(origin, inputs), note)
+def card_of(name: str, origin: Origin, inputs: Sequence[Member], note: str, kind: str) -> Card:
+    """The card of what a step makes of these members: a member of this kind."""
+    return card_from(name, origin, told(origin, inputs), note, kind)
 
 
-def card_from(name: str, origin: Origin, inputs: Sequence[Mapping[str, Any]], note: str) -> Card:
+def card_from(name: str, origin: Origin, inputs: Sequence[Mapping[str, Any]], note: str, kind: str) -> Card:
     """The card of what a step has made, its inputs as `told` tells them."""
     step = origin.step.partition("/")[0]
     relation, part, about, tags = SAID.get(step, OTHERS)
@@ -144,6 +145,6 @@ def card_from(name: str, origin: Origin, inputs: Sequence[Mapping[str, Any]], no
                 json.dumps({"step": origin.step, "seed": origin.seed, **origin.params}, indent=1, ensure_ascii=False),
                 base=base if relation == "merge" else None, seed=origin.seed,
                 command="glue reproduce . --zoo ZOO_YAML", config_file=FOLDER_NOTE, tags=("glue", *tags),
-                relation=relation, loads=LOADS.get(step, "transformers"), about=about, part=part,
+                relation=relation, loads=LOADS.get(kind, "transformers"), about=about, part=part,
                 data=tuple(found for found, one in sources if one["kind"] == "dataset"),
                 needs="a zoo that holds what is named above, under any name")

@@ -55,7 +55,8 @@ def card_now(zoo: Zoo, member: Member, *, similarity: bool = False) -> Card:
                     loads={"dataset": "", "adapter": "peft"}.get(member.kind, "transformers"),
                     about="Questions and answers" if member.kind == "dataset" else "A language model")
     else:
-        card = card_from(member.name, member.origin, _inputs(zoo, member, member.origin), member.note)
+        card = card_from(member.name, member.origin, _inputs(zoo, member, member.origin), member.note,
+                         member.kind)
         folder = locate(member.path)
         if (folder / GIVEN).is_file():
             card = replace(card, config=(folder / GIVEN).read_text(encoding="utf-8"), config_file=GIVEN)

@@ -114,8 +114,7 @@ class _Planner:
             self.errors.append(RecipeError(error.what, fix=error.fix, place=line.place("step")))
             self.outcomes[line.product] = Outcome(None, "unknown", frozenset(line.tags))
             return
-        makes = method.traits["makes"]
-        outcome = Outcome(None, "group" if line.each else makes, frozenset(line.tags), of=makes)
+        outcome = Outcome(None, "unknown", frozenset(line.tags))
         try:
             params = dict(line.params)
             if line.each:
@@ -125,6 +124,8 @@ class _Planner:
                                       place=line.place("each"))
                 params["members"] = [{"each": line.each}]
             choice = method.bind(params)
+            makes = _makes(choice)
+            outcome = Outcome(None, "group" if line.each else makes, frozenset(line.tags), of=makes)
             if "words" in method.traits:
                 method.traits["words"](**choice.params)
             self._expand(line, method, choice)
@@ -157,7 +158,7 @@ class _Planner:
 
     def _task(self, line: Line, method: Method, choice: Choice, name: str, element: Element | None) -> Task:
         arguments, pending = self._resolve(line, choice, element)
-        makes = method.traits["makes"]
+        makes = _makes(choice)
         if pending:
             return Task(name, line, line.step, makes, "waiting", tuple(dict.fromkeys(pending)), choice)
         if "check" in method.traits:
@@ -237,6 +238,12 @@ class _Planner:
         if problems:
             raise Mistakes(problems)
         return value
+
+
+def _makes(choice: Choice) -> str:
+    """The kind of member that a step leaves, where that depends on its parameters."""
+    makes = choice.method.traits["makes"]
+    return makes(**choice.params) if callable(makes) else makes
 
 
 def _members(arguments: Mapping[str, Any]) -> Iterable[Member]:

@@ -164,7 +164,7 @@ class _Run:
                              note=made.note)
         else:
             if made.kind in RUNS:
-                write_card(draft, task.name, origin, task.inputs, made.note)
+                write_card(draft, task.name, origin, task.inputs, made.note, made.kind)
             for checkpoint in checkpoints(draft).values():
                 stamp(checkpoint)
             fingerprint, digest = identify(draft)

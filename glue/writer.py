@@ -156,6 +156,7 @@ class Writer:
 
     headers     name to Header (dtype and shape), all known beforehand
     shard_size  bytes of tensors a file may hold; a single larger tensor gets a file of its own
+    single      what the file is called where one is enough
     key         of what is written; a writer with the key of one that was killed here finds its tensors in `left`
                 no more. Without a key nothing is kept
 
@@ -164,14 +165,14 @@ class Writer:
     """
 
     def __init__(self, folder: Path, headers: Mapping[str, Header], *, shard_size: int = SHARD,
-                 metadata: Mapping[str, Any] | None = None, key: str = ""):
+                 metadata: Mapping[str, Any] | None = None, key: str = "", single: str = SINGLE):
         self.folder, self._metadata, self._key = folder, dict(metadata or {}), key
         self.digests: dict[str, str] = {}
         shards = _split(headers, shard_size)
         self._heads: dict[str, tuple[bytes, int]] = {}
         places: dict[str, tuple[str, int]] = {}
         for k, names in enumerate(shards):
-            file = SINGLE if len(shards) == 1 else f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors"
+            file = single if len(shards) == 1 else f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors"
             self._heads[file] = _head(file, names, headers, places)
         self.layout = Layout(folder, dict(headers), places, bool(key))
         self._open = True
@@ -294,7 +295,7 @@ class Writer:
         self._open = False
 
     def _clear(self) -> None:
-        for part in self.folder.glob(".model*.safetensors.part"):
+        for part in self.folder.glob(".*model*.safetensors.part"):
             part.unlink(missing_ok=True)
         (self.folder / JOURNAL).unlink(missing_ok=True)
 

@@ -58,12 +58,13 @@ def test_the_note_tells_each_input_once_with_all_its_roles(hub):
 @pytest.mark.parametrize("step, kind, relation, tag, loads", [
     ("merge", "model", "merge", "merge", "transformers"), ("search", "model", "merge", "merge", "transformers"),
     ("mix", "mixture", "merge", "moe", "transformers"), ("lora", "adapter", "adapter", "lora", "peft"),
+    ("extract", "adapter", "adapter", "lora", "peft"), ("merge", "adapter", "merge", "merge", "peft"),
     ("tune", "model", "finetune", "glue", "transformers")])
 def test_the_hub_reads_models_relation_tags_and_library(step, kind, relation, tag, loads):
     one, two = model("one", "1" * 32, "mit"), model("two", "2" * 32, "mit")
     data = model("asked", "3" * 32, "", "dataset")
     card = ModelCard(card_text(card_of("r/it", origin(f"{step}/1", members=[one, two], suite=[data]),
-                                       [one, two, data], "said")))
+                                       [one, two, data], "said", kind)))
     assert card.data.base_model == ["one", "two"] and card.data.base_model_relation == relation
     assert tag in card.data.tags and card.data.library_name == loads and card.data.license == "mit"
     assert "| asked | - | " + "3" * 32 in card.text and '"density": 0.5' in card.text and "seed 3" in card.text
@@ -73,13 +74,13 @@ def test_a_licence_is_not_claimed_where_parents_differ_and_data_has_no_say():
     one, two, data = model("one", "1" * 32, "mit"), model("two", "2" * 32, "llama2"), \
         model("asked", "3" * 32, "cc0-1.0", "dataset")
     made = origin("merge/1", members=[one, two], suite=[data])
-    assert ModelCard(card_text(card_of("m", made, [one, two, data], ""))).data.license is None
-    assert ModelCard(card_text(card_of("m", made, [one, data], ""))).data.license == "mit"
+    assert ModelCard(card_text(card_of("m", made, [one, two, data], "", "model"))).data.license is None
+    assert ModelCard(card_text(card_of("m", made, [one, data], "", "model"))).data.license == "mit"
 
 
 def test_a_model_made_from_data_alone_names_no_base():
     data = model("asked", "3" * 32, "", "dataset")
-    card = ModelCard(card_text(card_of("m", origin("pretrain/1", data=[data]), [data], "said")))
+    card = ModelCard(card_text(card_of("m", origin("pretrain/1", data=[data]), [data], "said", "model")))
     assert card.data.base_model is None and "### Models" not in card.text and "## Training Details" in card.text
 
 
@@ -87,10 +88,10 @@ def test_a_card_that_a_config_has_left_is_kept(tmp_path: Path):
     one = model("one", "1" * 32)
     (tmp_path / "README.md").write_text("its own")
     (tmp_path / "mergekit_config.yml").write_text("merge_method: linear")
-    write_card(tmp_path, "m", origin("mergekit/1", config=[one]), [one], "")
+    write_card(tmp_path, "m", origin("mergekit/1", config=[one]), [one], "", "model")
     assert (tmp_path / "README.md").read_text() == "its own"
     (tmp_path / "mergekit_config.yml").unlink()
-    write_card(tmp_path, "m", origin("merge/1", members=[one]), [one], "")
+    write_card(tmp_path, "m", origin("merge/1", members=[one]), [one], "", "model")
     assert "# m\n" in (tmp_path / "README.md").read_text()
 
 
@@ -129,7 +130,7 @@ def test_a_licence_without_a_word_of_the_hub_goes_by_its_own_name(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: Other\n---\n")
     assert licence_of(tmp_path) == "Other"
     both = [model("one", "1" * 32, "qwen-research"), model("two", "2" * 32, "qwen-research")]
-    card = ModelCard(card_text(card_of("m", origin("merge/1", members=both), both, "")))
+    card = ModelCard(card_text(card_of("m", origin("merge/1", members=both), both, "", "model")))
     assert (card.data.license, card.data.license_name) == ("other", "qwen-research")
     assert agreed(["Apache-2.0", "apache-2.0"]) == "apache-2.0"
     assert agreed(["other", "other"]) == agreed(["unknown", "unknown"]) == ""  # which may be two

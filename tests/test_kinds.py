@@ -16,6 +16,7 @@ from glue.errors import CheckpointError, ZooError
 from glue.kinds import load, weights
 from glue.kinds.adapter import scale
 from glue.kinds.frame import copy_frame
+from glue.kinds.lora import linear_layers
 from glue.kinds.model import assembled
 from glue.kinds.text import continued
 from glue.member import Member
@@ -156,6 +157,43 @@ def test_an_adapter_read_through_its_base_is_what_peft_merges(tiny, tmp_path, lo
     assert len(changed) == 4 and all("q_proj" in name or "up_proj" in name for name in changed)
 
 
+@pytest.mark.parametrize("lora, more", [
+    ({"use_dora": True}, []), ({"use_dora": True, "use_rslora": True}, []),
+    ({"bias": "lora_only"}, ["self_attn.q_proj.bias"]),
+    ({"bias": "all"}, [f"self_attn.{side}_proj.bias" for side in "kqvo"]),
+    ({"modules_to_save": ["lm_head"]}, ["lm_head.weight"]),
+], ids=["dora", "dora and rslora", "biases of its layers", "all biases", "a saved head"])
+def test_what_an_adapter_has_besides_factors_is_read_as_peft_merges_it(tiny, tmp_path, lora, more):
+    member = adapter_over(tiny("base", attention_bias=True), tmp_path / "lora", **lora)
+    file = member.folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    extras = [name for name in tensors if not name.endswith(("lora_A.weight", "lora_B.weight"))]
+    save_file({name: tensor + 0.1 * (name in extras) for name, tensor in tensors.items()}, file)
+    seen, merged = weights(member), load(member).model.state_dict()
+    assert extras and max(float((seen[name] - merged[name]).abs().max()) for name in seen) <= 2e-6
+    changed = {name for name in seen if not torch.equal(seen[name], weights(member.base)[name])}
+    factors = {name for name in seen if name.endswith(("q_proj.weight", "up_proj.weight"))}
+    assert changed == factors | {name for name in seen if name.endswith(tuple(more))} and len(factors) == 4
+    assert all(seen.headers[name].file is None for name in changed)
+
+
+def test_linear_layers_are_those_that_the_architecture_calls_so(tiny, tmp_path):
+    from transformers import GPT2Config
+
+    layers = linear_layers(tiny("base"))
+    assert len(layers) == 2 * 7 and layers[0] == "model.layers.0.self_attn.q_proj" and "lm_head" not in layers
+    GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9, architectures=["GPT2LMHeadModel"]).save_pretrained(
+        tmp_path / "gpt2")
+    turned = Member("gpt2", "model", str(tmp_path / "gpt2"))
+    assert linear_layers(turned) == [], "its matrices stand the other way round"
+
+
+def test_an_adapter_that_lacks_what_its_configuration_says_is_refused(tiny, tmp_path):
+    member = adapter_over(tiny("base"), tmp_path / "lora", use_dora=True)
+    with pytest.raises(CheckpointError, match="use_dora: false, and 'model.layers.0.mlp.up_proj' has a magnitude"):
+        weights(edited(member, use_dora=False))
+
+
 def test_an_adapter_is_added_in_fp32_and_rounded_once(tiny, tmp_path):
     member = adapter_over(tiny("base", dtype=torch.bfloat16), tmp_path / "lora")
     name, module = "model.layers.0.mlp.up_proj.weight", "base_model.model.model.layers.0.mlp.up_proj"
@@ -192,7 +230,7 @@ def test_the_fingerprint_of_an_adapter_depends_on_its_base_its_factors_and_its_s
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"use_dora": True}, "use_dora: true"), ({"bias": "all"}, 'bias: "all"'), ({"fan_in_fan_out": True}, "fan_in"),
+    ({"use_dora": True}, "use_dora: true"), ({"lora_bias": True}, "lora_bias"), ({"fan_in_fan_out": True}, "fan_in"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"init_lora_weights": "pissa"}, 'weights: "pissa"'),
     ({"new_in_2030": 1}, "new_in_2030"), ({"peft_type": "IA3"}, "only LoRA"), ({"r": 0}, "rank"), ({"r": "4"}, "rank"),
     ({"rank_pattern": {"(": 3}}, "is not understood"), ({"lora_alpha": None}, "alpha"), ({"rank_pattern": [3]}, "rank"),

@@ -18,7 +18,8 @@ from glue.merge.leaf import Source
 PIECE, ROW = 1 << 17, 1 << 10
 SMALL, LARGE = 8 * PIECE, 32 * PIECE
 FOUND = 3 << 20  # bytes that a glance may hold for each member, or each of three quantiles: a sample and candidates
-STREAMED = [method for method in merging if method.traits.get("sees", "pieces") in ("pieces", "rows")]
+STREAMED = [method for method in merging if method.traits.get("sees", "pieces") in ("pieces", "rows")
+            and method.traits["space"] != "factors"]
 
 
 class Live(TorchDispatchMode):

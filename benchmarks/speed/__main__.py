@@ -4,6 +4,7 @@
     python -m benchmarks.speed search [--shape 160m] [--zoo zoo.yaml] [--json FILE]         measures candidates
     python -m benchmarks.speed similarity [--shape 160m] [--members 8,16] [--json FILE]     measures comparisons
     python -m benchmarks.speed mixtures [--shape 160m] [--levels model,block] [--json FILE] measures mixtures
+    python -m benchmarks.speed fold [--shape 1b1] [--clients 8,64] [--json FILE]            measures folds of adapters
     python -m benchmarks.speed table FILE.json ... [--into README.md [--check]]             prints, or fills a page
 """
 
@@ -88,6 +89,13 @@ def mixtures(given: argparse.Namespace) -> int:
     return main(given)
 
 
+def fold(given: argparse.Namespace) -> int:
+    """Measure how adapters of many clients are folded into one."""
+    from benchmarks.speed.fold import main
+
+    return main(given)
+
+
 def table(given: argparse.Namespace) -> int:
     """Print the tables of some results, or put them into a page."""
     if not given.into:
@@ -125,7 +133,8 @@ def _warm(folder: Path, bench: Bench) -> None:
     tiny.row(Row("linear", base="none", passes=1))
 
 
-WHAT = {"merge": merge, "search": search, "similarity": similarity, "mixtures": mixtures, "table": table}
+WHAT = {"merge": merge, "search": search, "similarity": similarity, "mixtures": mixtures, "fold": fold,
+        "table": table}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -171,6 +180,13 @@ def _parser() -> argparse.ArgumentParser:
     mixed.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "glue-speed",
                        help="where models are made and kept")
     mixed.add_argument("--json", type=Path, help="write results here, row by row")
+    folds = what.add_parser("fold", help="measure how adapters of many clients are folded into one")
+    folds.add_argument("--shape", choices=[*SHAPES], default="1b1", help="of the base (1b1)")
+    folds.add_argument("--clients", default="8,64", help="how many, with commas between (8,64)")
+    folds.add_argument("--rounds", type=int, default=3, help="of each (3)")
+    folds.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "glue-speed",
+                       help="where adapters are made and kept")
+    folds.add_argument("--json", type=Path, help="write results here, row by row")
     two = what.add_parser("table", help="print results as Markdown")
     two.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
     two.add_argument("--into", type=Path, metavar="PAGE", help="put it into a page, between its two markers")

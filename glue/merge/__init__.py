@@ -2,7 +2,8 @@
 
 The traits that a merge method may declare:
 
-    space       "weight": weights in, weights out;  "delta": differences to the base in, one difference out
+    space       "weight": weights in, weights out;  "delta": differences to the base in, one difference out;  "factors":
+                low-rank changes in, one Factors out, or several that are meant side by side; see `adapters.py`
     base        "optional": a method on differences that works on the weights themselves where no base is given
     glance      a function of the Pieces of a whole tensor: what to learn of it before it is merged; the method finds it
                 in `leaf.seen`. Where a parameter `scope` is "model", it looks at the pieces of all tensors at once
@@ -17,6 +18,6 @@ The traits that a merge method may declare:
 
 from glue.family import Family
 
-merging = Family("merging", "merge method", "glue.merge.methods", first="Leaf -> Tensor",
+merging = Family("merging", "merge method", "glue.merge.methods", first="Leaf -> Tensor or Factors",
                  traits=("space", "base", "glance", "sees", "members", "symmetric", "idempotent", "unbiased",
                          "why_not"))

@@ -30,18 +30,25 @@ OUTPUTS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.
 def check(choice: Choice, members: Sequence[Source], base: Source | None = None) -> None:
     """Raise MethodError or CheckpointError for whatever would stop this merge; reads headers and no weights."""
     name, traits = choice.method.name, choice.method.traits
-    fewest, most = traits.get("members", (1, None))
-    if len(members) < fewest or (most is not None and len(members) > most):
-        limit, count = ("exactly", most) if fewest == most else ("at least", fewest) if len(members) < fewest \
-            else ("at most", most)
-        raise MethodError(f"merge method '{name}' takes {limit} {count} member{'s' * (count != 1)}; "
-                          f"{len(members)} are given",
-                          fix="change the members, or choose another method")
+    if traits["space"] == "factors":
+        raise MethodError(f"merge method '{name}' works on the factors of adapters, and here whole models are merged",
+                          fix="use it in  step: merge  or  step: federate,  or choose a method on models")
+    check_count(choice, len(members))
     if traits["space"] == "delta" and traits.get("base") != "optional" and base is None:
         raise MethodError(f"merge method '{name}' works on differences to a base, and no base is given",
                           fix="add  base: <the member that the others were tuned from>")
     _check_headers([*members, *([base] if base else [])])
     tried(choice, [member.name for member in members])
+
+
+def check_count(choice: Choice, given: int) -> None:
+    """Raise MethodError where a method does not take so many members."""
+    fewest, most = choice.method.traits.get("members", (1, None))
+    if given < fewest or (most is not None and given > most):
+        limit, count = ("exactly", most) if fewest == most else ("at least", fewest) if given < fewest \
+            else ("at most", most)
+        raise MethodError(f"merge method '{choice.method.name}' takes {limit} {count} member{'s' * (count != 1)}; "
+                          f"{given} are given", fix="change the members, or choose another method")
 
 
 def _check_headers(sources: Sequence[Source]) -> None:

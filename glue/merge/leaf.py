@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from glue.checkpoint import Weights
+
+if TYPE_CHECKING:
+    from glue.merge.factors import Factors
 
 DRAWS = 8   # 32-bit draws that Philox makes of one count
 CHANCES = 1 << 16  # steps of a chance, where a whole tensor has one
@@ -38,6 +41,8 @@ class Leaf:
     seen     what the method's glance at the whole tensor found
     shape    of the whole tensor
     offset   flat index, in the model, of the first entry of the tensor
+    factors  n low-rank changes of a linear weight, for methods in the space of factors; `name` is then that of its
+             module, and tensors are [n, 0]. They are the members' own and may not be changed
 
     The numbers are wider than the output: fp32 for outputs of 16 bits and less, else fp64. They belong to the leaf
     and may be changed in place.
@@ -51,6 +56,7 @@ class Leaf:
     seen: Any = None
     shape: tuple[int, ...] = ()
     offset: int = 0
+    factors: tuple[Factors, ...] = ()
 
     @property
     def n(self) -> int:

@@ -29,6 +29,9 @@ def searchable(merge: Choice, strategy: Choice, **_: Any) -> None:
     """Where the strategy merges, the merge method must take a weight for each member, and any number of members."""
     if not strategy.method.traits.get("merges", True):
         return
+    if merge.method.traits["space"] == "factors":
+        raise MethodError(f"merge method '{merge.method.name}' makes adapters, and a search tries models",
+                          fix="search over linear, task_arithmetic, ties or dare_ties: adapters are models to these")
     info = merge.method.parameters.get("weight")
     fewest, most = merge.method.traits.get("members", (1, None))
     weighted = info is not None and is_per_member(info.annotation, info.metadata)

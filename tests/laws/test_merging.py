@@ -22,7 +22,9 @@ from glue.errors import CheckpointError
 from glue.family import Choice, Method, is_per_member
 from glue.merge import merging
 from glue.merge.engine import merged
-from glue.merge.leaf import Source
+from glue.merge.factors import Factors, stacked
+from glue.merge.leaf import Leaf, Source
+from glue.merge.parameters import settled
 
 LAST_THREE = ("symmetric", "idempotent", "unbiased")
 NUMBERS = some.floats(-1e4, 1e4, width=32)
@@ -30,9 +32,10 @@ TENSORS = arrays(np.float32, array_shapes(max_dims=3, max_side=5), elements=NUMB
 DTYPES = some.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
-def every(trait: str = "space") -> pytest.MarkDecorator:
-    """All methods that declare a trait; all methods declare a space."""
-    return pytest.mark.parametrize("method", [method for method in merging if trait in method.traits],
+def every(trait: str = "space", factors: bool = False) -> pytest.MarkDecorator:
+    """All methods on tensors, or all on factors, that declare a trait; all methods declare a space."""
+    return pytest.mark.parametrize("method", [method for method in merging if trait in method.traits and
+                                              (method.traits["space"] == "factors") == factors],
                                    ids=lambda method: method.name)
 
 
@@ -185,7 +188,81 @@ def test_the_mean_over_seeds_is_what_was_merged(method):
     assert torch.all((made.mean(dim=0) - copy).abs() <= 4 * error)
 
 
-@every()
+# methods on factors: their dense products are compared, with rounding told in units of the largest entry
+
+def adapters(n: int, *, ranks: tuple[int, ...] = (3, 3, 3), shape: tuple[int, int] = (40, 24), seed: int = 0,
+             one_a: bool = False) -> list[Factors]:
+    """Random changes of one layer, whose scales differ; ranks as large as a side of the layer are no exception."""
+    rng = torch.Generator().manual_seed(seed)
+    found = [Factors(torch.randn(rank, shape[1], generator=rng), torch.randn(shape[0], rank, generator=rng), 0.5 + k)
+             for k, rank in zip(range(n), ranks, strict=False)]
+    return [replace(each, a=found[0].a) for each in found] if one_a else found
+
+
+def joined(method: Method, parts: list[Factors], choice: Choice | None = None) -> Factors:
+    """What the method makes of changes of one layer."""
+    choice = choice or told(method, len(parts))
+    names = [f"m{k}" for k in range(len(parts))]
+    leaf = Leaf("layer", torch.empty(len(parts), 0), shape=parts[0].shape, factors=tuple(parts))
+    made = choice(leaf, **settled(choice, names, 0, torch.float64))
+    return made if isinstance(made, Factors) else stacked(made)
+
+
+def near(made: Tensor, wanted: Tensor) -> bool:
+    return bool((made - wanted).abs().max() <= 1e-13 * max(1.0, float(wanted.abs().max())))
+
+
+@every(factors=True)
+def test_factors_that_change_nothing_are_merged_into_such(method):
+    parts = [replace(part, b=torch.zeros_like(part.b)) for part in adapters(3, one_a=True)]
+    made = joined(method, parts)
+    assert made.shape == parts[0].shape and not made.dense().any()
+
+
+@every("idempotent", factors=True)
+@settings(max_examples=25, deadline=None)
+@given(b=arrays(np.float32, (6, 4), elements=NUMBERS), a=arrays(np.float32, (4, 5), elements=NUMBERS),
+       scale=some.floats(0.01, 64))
+def test_copies_of_factors_give_the_same_change(method, b, a, scale):
+    copy = Factors(torch.from_numpy(a), torch.from_numpy(b), scale)
+    made = joined(method, [copy] * 3, told(method, 3, **method.traits["idempotent"]))
+    assert near(made.dense(), copy.dense())
+
+
+@every("symmetric", factors=True)
+def test_a_symmetric_method_on_factors_treats_its_members_alike(method):
+    parts = adapters(3, one_a=method.name == "ffa")
+    choice = told(method, 3)
+    rows = {word: value for word, value in choice.params.items() if isinstance(value, list)}
+    first = joined(method, parts, choice).dense()
+    for order in permutations(range(3)):
+        moved = method.bind({**choice.params, **{word: [row[k] for k in order] for word, row in rows.items()}})
+        assert near(joined(method, [parts[k] for k in order], moved).dense(), first), order
+
+
+@every(factors=True)
+def test_no_number_of_threads_changes_a_bit_of_factors(method):
+    parts = adapters(3, ranks=(64, 64, 64), shape=(700, 600), one_a=True)
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            made.append(joined(method, parts))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one.a, made[0].a) and torch.equal(one.b, made[0].b) for one in made)
+
+
+@every(factors=True)
+def test_factors_that_were_merged_are_untouched(method):
+    parts = adapters(3, one_a=True)
+    kept = [(part.a.clone(), part.b.clone()) for part in parts]
+    made = joined(method, parts)
+    made.b.zero_()
+    assert all(torch.equal(part.a, a) and torch.equal(part.b, b) for part, (a, b) in zip(parts, kept, strict=True))
+
+
+@pytest.mark.parametrize("method", merging, ids=lambda method: method.name)
 def test_a_method_says_where_it_comes_from_and_why_it_lacks_a_law(method):
     assert method.source and method.traits["space"] in ("weight", "delta", "factors")
     assert any(trait in method.traits for trait in LAST_THREE) or method.traits.get("why_not")
@@ -247,6 +324,7 @@ def test_adding_one_file_makes_a_method_that_the_laws_test(tmp_path):
                           env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "midrange" in done.stdout.splitlines()[0].split()
-    laws = [name for name, law in globals().items() if name.startswith("test_") and hasattr(law, "pytestmark")]
+    laws = [name for name, law in globals().items()
+            if name.startswith("test_") and hasattr(law, "pytestmark") and "factors" not in name]
     undeclared, run_twice = 1, 2  # unbiased; pieces and inputs, each for two types
     assert len(laws) == 9 and f"passed: {len(laws) - undeclared + run_twice}\n" in done.stdout, done.stdout

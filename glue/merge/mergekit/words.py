@@ -75,8 +75,12 @@ class Dialect:
 
     @staticmethod
     def of(name: str) -> Dialect:
-        """Raises MethodError where there is no such method."""
-        return Dialect(merging[name], PEERS.get(name, Peer()))
+        """Raises MethodError where there is no such method, or where it merges no models."""
+        method = merging[name]
+        if method.traits["space"] == "factors":
+            raise MethodError(f"merge method '{name}' works on the factors of adapters, and a config merges models",
+                              fix="use it in a recipe, in  step: merge")
+        return Dialect(method, PEERS.get(name, Peer()))
 
     @property
     def base(self) -> Literal["needed", "optional", "ignored"]:
