@@ -49,13 +49,15 @@ steps:
   - {as: text, step: mix, members: [one, ties], suite: words:dev, level: text, router: linear}
   - {as: lora, step: lora, base: one, data: {low: 2, high: 1}, steps: 3, learning_rate: 0.01, rank: 2, batch_size: 4,
      targets: [q_proj, v_proj]}
+  - {as: extracted, step: extract, model: two, base: one, rank: 2}
+  - {as: stacked, step: merge, members: [lora, extracted], method: {flora: {weight: {lora: 2, extracted: 1}}}}
   - {as: over, step: merge, members: [lora, two], method: linear}
   - {as: families, step: cluster, members: [one, two, ties], threshold: 0.5}
   - {as: summed, step: merge, each: families, method: linear}
   - {as: scored, step: evaluate, members: [one, over], suite: words:test}
 """
-MADE = ("linear", "ties", "dare", "config", "searched", "best", "model", "ffn", "text", "lora", "over", "families",
-        "scored")
+MADE = ("linear", "ties", "dare", "config", "searched", "best", "model", "ffn", "text", "lora", "extracted", "stacked",
+        "over", "families", "scored")
 
 
 def model_folder(folder: Path, seed: int) -> LlamaForCausalLM:
@@ -286,7 +288,7 @@ def test_every_product_that_runs_has_a_card_and_a_note_of_its_inputs(place):
         note = json.loads((folder / FOLDER_NOTE).read_text())
         assert [one["digest"] for one in note["inputs"]] and all(one["roles"] for one in note["inputs"])
         assert set(ModelCard.load(folder / "README.md").data.base_model) <= {"base", "one", "two", "three", "tiny/ties",
-                                                                            "tiny/lora"}
+                                                                            "tiny/lora", "tiny/extracted"}
 
 
 def test_a_table_notes_what_each_task_was_and_how_it_was_asked(place):
