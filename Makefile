@@ -13,6 +13,7 @@ quickstart: .venv/ready
 	$(OFFLINE) $(BIN)/glue run recipes/quickstart.yaml
 
 test: .venv/ready
+	@$(if $(CHROMIUM),,echo "there is no Chromium here: tests that look at reports in a browser are left out")
 	$(OFFLINE) $(BIN)/python -m pytest -n $(CORES) --dist loadfile $(SOME)
 
 check: .venv/ready
