@@ -34,6 +34,10 @@ SAID: Mapping[str, tuple[str, str, str, tuple[str, ...]]] = {
     "tune": ("finetune", "Tuning", "A language model that was taught more", ()),
     "lora": ("adapter", "Tuning", "A LoRA adapter over a language model", ("lora",)),
     "extract": ("adapter", "Extraction", "What a language model changes of its base, as a LoRA adapter", ("lora",)),
+    "federate": ("finetune", "Federation", "What clients that keep their data taught a language model together",
+                 ("federated",)),
+    "refold": ("finetune", "Federation", "What clients that keep their data taught a language model together",
+               ("federated",)),
     "pretrain": ("", "Training", "A language model trained from nothing", ()),
     "mergekit": ("merge", "Merge", "A merge of pre-trained language models", ("mergekit", "merge")),
     "data": ("", "Making", "Questions and answers", ())}
@@ -138,6 +142,8 @@ def card_from(name: str, origin: Origin, inputs: Sequence[Mapping[str, Any]], no
     """The card of what a step has made, its inputs as `told` tells them."""
     step = origin.step.partition("/")[0]
     relation, part, about, tags = SAID.get(step, OTHERS)
+    if relation == "finetune" and kind == "adapter":
+        relation = "adapter"
     sources = [(Source(one["hub"] or one["name"], bool(one["hub"]), *(one[word] for word in FACTS)), one)
                for one in inputs]
     base = next((found for found, one in sources if "base" in one["roles"]), None)

@@ -13,12 +13,14 @@ from typing import Annotated, Any
 
 import typer
 
+from glue.cli_federate import federate_app
 from glue.cli_zoo import HERE, Json, Quiet, ZooFile, opened, zoo_app
 from glue.errors import GlueError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Cluster, merge, mix and measure a zoo of language models, from YAML recipes.")
 app.add_typer(zoo_app, name="zoo")
+app.add_typer(federate_app, name="federate")
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")]
 Seed = Annotated[int | None, typer.Option(help="Replaces the recipe's seed.")]

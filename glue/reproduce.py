@@ -15,7 +15,7 @@ from glue.errors import GlueError, RunError, ZooError, one_line
 from glue.identity import checkpoints, identify, parts
 from glue.member import FOLDER_NOTE, Member, Origin, Table
 from glue.recorded import Lost, bound, inputs, raised
-from glue.run import made_with, write_elements
+from glue.run import made_with, with_identity, write_elements
 from glue.steps import Job, Made
 from glue.workers import Workers
 from glue.zoo import Zoo
@@ -97,7 +97,7 @@ def reproduce(what: str, zoo: Zoo, workers: Workers, *, search: bool = False,
         else:
             how, made = "as it was made", choice(job, **arguments)
         if made.kind == "group":
-            write_elements(made, job.folder)
+            write_elements(with_identity(made, zoo), job.folder)
         same, differ = 0, tuple[Compared, ...]()
         if made.same is not None:
             again = made.same.digest
@@ -145,7 +145,7 @@ def _now(folder: Path, note: Mapping[str, Any], found: Mapping[str, list[Member]
     """The digest of a product's folder as it is now; nothing where it cannot be read."""
     try:
         base = next((one if role == "base" else one.base  # adapters that are merged know what they sit on
-                     for role in ("base", "members") for one in found.get(role, [])), None)
+                     for role in ("base", "of", "members") for one in found.get(role, [])), None)
         if note["kind"] == "adapter" and base is None:
             return ""  # its digest is that of both
         return zoo.with_base(Member(note["name"], note["kind"], str(folder), base=base,

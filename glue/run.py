@@ -138,7 +138,13 @@ class _Run:
                 self._note("failed", task, error=str(error))
 
     def _add(self, member: Member) -> None:
-        """Register a member, and let zoo/<its name> point to its folder; a group's name holds its elements."""
+        """Register a member, and let zoo/<its name> point to its folder; a group's name holds its elements.
+
+        What a step found inside of another product, and the zoo does not know yet, is registered with its group.
+        """
+        for part in (one for item in member.elements for one in item.members if one.origin):
+            if part.digest not in {known.digest for known in self.zoo.versions(part.name)}:
+                self._add(part)
         self.zoo.add(member)
         if member.kind != "group" and not member.path.startswith("hub:"):
             link = self.zoo.folder / member.name
@@ -210,6 +216,7 @@ class _Run:
                       lambda done, total, note: self.watcher.progress(task, done, total, note))
             made = task.choice(job, **task.arguments)
         if made.kind == "group":
+            made = with_identity(made, self.zoo)
             write_elements(made, draft)
         return made
 
@@ -233,6 +240,18 @@ def _lives(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def with_identity(made: Made, zoo: Zoo) -> Made:
+    """A group whose members all have an identity; a step gives none to those that it found inside of a product."""
+    def known(member: Member) -> Member:
+        if member.digest:
+            return member
+        fingerprint, digest = identify(member.folder, zoo.digests)
+        return zoo.with_base(replace(member, fingerprint=fingerprint, digest=digest))
+
+    return replace(made, elements=tuple(replace(item, members=tuple(map(known, item.members)))
+                                        for item in made.elements))
 
 
 def write_elements(made: Made, folder: Path) -> None:

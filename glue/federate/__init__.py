@@ -1,0 +1,1 @@
+"""Federating: clients that keep their data teach one model in rounds. The loop takes functions and knows no network."""
