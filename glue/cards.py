@@ -20,7 +20,8 @@ from glue.steps import Takes
 if TYPE_CHECKING:
     from glue.plan import Plan, Task
 
-LOADS = {"adapter": "peft", "dataset": ""}  # kind -> the package that loads it, where it is not transformers
+# kind -> the package that loads it, where it is not transformers
+LOADS = {"adapter": "peft", "dataset": "", "seed_history": "glue", "tensor_train": "glue"}
 FACTS = ("revision", "digest", "licence")
 DATA = ("dataset", "table")
 Terms = Mapping[str, tuple[str, ...]]  # name of a member -> its licences
@@ -34,6 +35,9 @@ SAID: Mapping[str, tuple[str, str, str, tuple[str, ...]]] = {
     "tune": ("finetune", "Tuning", "A language model that was taught more", ()),
     "lora": ("adapter", "Tuning", "A LoRA adapter over a language model", ("lora",)),
     "extract": ("adapter", "Extraction", "What a language model changes of its base, as a LoRA adapter", ("lora",)),
+    "kseed": ("finetune", "Tuning", "A language model tuned without gradients, as the history of its seeds", ()),
+    "tensor_train": ("adapter", "Conversion", "Changes of a language model, as tensor trains", ()),
+    "tt_lora": ("adapter", "Tuning", "An adapter of tensor trains over a language model", ()),
     "federate": ("finetune", "Federation", "What clients that keep their data taught a language model together",
                  ("federated",)),
     "refold": ("finetune", "Federation", "What clients that keep their data taught a language model together",

@@ -17,7 +17,7 @@ from glue.evaluate.suite import parse
 from glue.files import REPLACED, write_aside
 from glue.hub import locate
 from glue.identity import identify
-from glue.member import FOLDER_NOTE, Member
+from glue.member import CHANGES, FOLDER_NOTE, Member, with_article
 from glue.zoo import KINDS, NAME, NAME_RULE, Zoo
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
@@ -53,8 +53,8 @@ def added(zoo: Zoo, path: str, name: str | None, kind: str, base: str | None, ta
     is called so. Raises ZooError where it is not there."""
     if kind not in KINDS:
         raise ZooError(f"there is no kind '{kind}'{did_you_mean(kind, KINDS)}")
-    if kind == "adapter" and base is None:
-        raise ZooError("an adapter needs its base", fix="add  --base NAME")
+    if kind in CHANGES and base is None:
+        raise ZooError(f"{with_article(kind)} needs its base", fix="add  --base NAME")
     if HUB_NAME.fullmatch(path) and not Path(path).exists():
         path = f"hub:{path}"
     place = path if path.startswith("hub:") else str(Path(path).resolve())

@@ -30,6 +30,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors library too
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER, HISTORY = "adapter_model.safetensors", "seed_history.safetensors"  # changes of a base
 SAMPLES, SAMPLE_BYTES = 16, 64
 
 
@@ -153,7 +154,7 @@ def _shards(path: Path) -> list[Path]:
             raise CheckpointError(f"{path} has no {missing[0]} ({len(missing)} of {len(names)} shards are missing)",
                                   fix="download or write the checkpoint again")
         return [path / name for name in names]
-    found = [path / name for name in (SINGLE, "adapter_model.safetensors") if (path / name).is_file()]
+    found = [path / name for name in (SINGLE, ADAPTER, HISTORY) if (path / name).is_file()]
     if found:
         return found[:1]
     pickled = sorted(file.name for file in path.glob("*.bin")) if path.is_dir() else []

@@ -20,9 +20,9 @@ from glue.errors import ZooError
 from glue.files import locked, write_aside
 from glue.member import canonical
 
-COUNTED = ("config.json", "adapter_config.json", "generation_config.json", "tokenizer.json", "*.model", "vocab.json",
-           "merges.txt", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-           "chat_template.jinja", "*.jsonl", "*.parquet", "elements.json")
+COUNTED = ("config.json", "adapter_config.json", "seed_history.json", "generation_config.json", "tokenizer.json",
+           "*.model", "vocab.json", "merges.txt", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json",
+           "added_tokens.json", "chat_template.jinja", "*.jsonl", "*.parquet", "elements.json")
 WEIGHTS = ("*.safetensors", INDEX, "*.bin", "*.pt", "*.pth", "*.gguf")  # all but the first two are refused when read
 JSON_LIMIT, BLOCK = 200_000_000, 1 << 20  # bytes: of one JSON file; of other files, read at once
 EXPERTS = "experts/*"  # below the folder of a mixture by text: models like any other

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER_NOTE = "glue.json"  # the file in a product's folder that says what it is and how it came about
+CHANGES = ("adapter", "seed_history", "tensor_train")  # kinds that say only what is changed of their base
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ class Element:
 class Member:
     """One thing in the zoo. Never changes once added.
 
-    kind         model, adapter, mixture, dataset, table or group (each has a module in glue/kinds, save the last two)
+    kind         model, adapter, seed_history, tensor_train, mixture, dataset, table or group (those that run have a
+                 module in glue/kinds)
     path         a folder, or hub:owner/name@revision
-    base         the member it derives from: what an adapter sits on, what a model was tuned or merged from
+    base         the member it derives from: what a change sits on, what a model was tuned or merged from
     fingerprint  fast identity: headers and samples           digest  every byte that counts
     seen         digests of the dataset splits that a search of its lineage has looked at
     elements     of a group only
@@ -106,6 +108,11 @@ class Member:
     def version(self) -> str:
         """name@digest8, which means this member and no other."""
         return f"{self.name}@{self.digest[:8]}"
+
+    @property
+    def changes(self) -> bool:
+        """Whether it is nothing without its base, as an adapter is."""
+        return self.kind in CHANGES
 
     def lineage(self) -> Iterator[Member]:
         """What it derives from, nearest first."""
@@ -170,6 +177,11 @@ class Table:
         """Put the rows into `folder`, one a line."""
         text = "".join(canonical(row.as_dict()) + "\n" for row in self.rows)
         (folder / "scores.jsonl").write_text(text, encoding="utf-8")
+
+
+def with_article(kind: str) -> str:
+    """A kind in a sentence: an adapter, a seed_history."""
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def canonical(data: Any) -> str:

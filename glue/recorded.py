@@ -73,7 +73,7 @@ class _Reader:
         now = self.now(member)
         if isinstance(now, GlueError):
             return Lost(role, name, digest, "", f"it cannot be read: {now.what}")
-        if member.kind == "adapter" and member.base and self.now(member.base) != member.base.digest != "":
+        if member.changes and member.base and self.now(member.base) != member.base.digest != "":
             return Lost(role, name, digest, now, f"its base {member.base.name} has changed")
         return Lost(role, name, digest, now, "its content has changed")
 
@@ -94,7 +94,7 @@ class _Reader:
         if key not in self._known:
             try:
                 digest = identify(locate(member.path))[1]
-                if member.kind == "adapter" and member.base is not None:
+                if member.changes and member.base is not None:
                     below = self.now(member.base)
                     if isinstance(below, GlueError):
                         raise below

@@ -13,7 +13,7 @@ from typing import Any
 from glue.checkpoint import tensor_digest
 from glue.errors import GlueError, RunError, ZooError, one_line
 from glue.identity import checkpoints, identify, parts
-from glue.member import FOLDER_NOTE, Member, Origin, Table
+from glue.member import CHANGES, FOLDER_NOTE, Member, Origin, Table
 from glue.recorded import Lost, bound, inputs, raised
 from glue.run import made_with, with_identity, write_elements
 from glue.steps import Job, Made
@@ -146,7 +146,7 @@ def _now(folder: Path, note: Mapping[str, Any], found: Mapping[str, list[Member]
     try:
         base = next((one if role == "base" else one.base  # adapters that are merged know what they sit on
                      for role in ("base", "of", "members") for one in found.get(role, [])), None)
-        if note["kind"] == "adapter" and base is None:
+        if note["kind"] in CHANGES and base is None:
             return ""  # its digest is that of both
         return zoo.with_base(Member(note["name"], note["kind"], str(folder), base=base,
                                     digest=identify(folder)[1])).digest

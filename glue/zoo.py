@@ -18,14 +18,14 @@ from glue import document
 from glue.errors import CheckpointError, GlueError, Mistakes, ZooError, did_you_mean, one_line
 from glue.files import append_line, whole_lines
 from glue.hub import locate, well_formed
-from glue.member import Element, Member, Origin, canonical
+from glue.member import CHANGES, Element, Member, Origin, canonical, with_article
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"
 NAME = re.compile(rf"{_PART}(/{_PART})*")
 TAG = re.compile(_PART)
 NAME_RULE = "a name has parts of letters, digits and . _ + - between slashes; each begins with a letter or digit"
 WRITTEN = {"kind": str, "path": str, "tags": list, "base": str, "licence": str, "note": str}
-KINDS = ("model", "adapter", "mixture", "dataset")  # that people may add; steps also leave tables and groups
+KINDS = ("model", *CHANGES, "mixture", "dataset")  # that people may add; steps also leave tables and groups
 TOP = ("members", "include")
 REGISTER = "zoo/members.yaml"
 HEADING = "# Products, appended by glue; one record a line. Do not edit: see `glue zoo remove` and `glue zoo tag`."
@@ -206,12 +206,12 @@ class Zoo:
         if member.digest and member.origin:
             return member
         fingerprint, digest = self._identity(member)
-        base = self.identified(member.base) if member.base and member.kind == "adapter" else member.base
+        base = self.identified(member.base) if member.base and member.changes else member.base
         return replace(member, fingerprint=fingerprint, digest=digest, base=base)
 
     def with_base(self, member: Member) -> Member:
-        """A member whose digest covers its own files only, completed: an adapter is one only with its base."""
-        if member.kind != "adapter" or member.base is None:
+        """A member whose digest covers its own files only, completed: a change is one only with its base."""
+        if not member.changes or member.base is None:
             return member
         both = f"{member.digest}{self.identified(member.base).digest}"
         return replace(member, digest=hashlib.sha256(both.encode()).hexdigest()[:32])
@@ -324,6 +324,7 @@ def _problem(name: str, entry: Any) -> ZooError | None:
     if entry.get("kind", "model") not in KINDS:
         kind = entry["kind"]
         return ZooError(f"'{name}' has the unknown kind '{one_line(kind)}'{did_you_mean(kind, KINDS)}")
-    if entry.get("kind") == "adapter" and "base" not in entry:
-        return ZooError(f"'{name}' is an adapter and names no base", fix="add  base: the member it sits on")
+    if entry.get("kind") in CHANGES and "base" not in entry:
+        return ZooError(f"'{name}' is {with_article(entry['kind'])} and names no base",
+                        fix="add  base: the member it sits on")
     return None

@@ -266,3 +266,9 @@ def test_no_dense_matrix_is_made():
     assert cut.shape == (400_000, 300_000)
     assert norm(cut)**2 + cut.error**2 == pytest.approx(norm(whole)**2, rel=1e-12)
     assert distance(cut, whole) == pytest.approx(cut.error, rel=1e-9)
+
+
+def test_where_nothing_is_asked_nothing_is_cut():
+    full = change(6)
+    kept = recompressed(full, Keep())
+    assert kept.rank == min(full.rank, *full.shape) and torch.allclose(kept.dense(), full.dense(), atol=1e-12)

@@ -12,17 +12,17 @@ import torch
 from glue.checkpoint import Header
 from glue.errors import ZooError
 from glue.hub import locate
-from glue.member import Member
+from glue.member import Member, with_article
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 
 def framed(member: Member) -> Member:
-    """The member whose folder has the frame: an adapter's is that of the model below it. Raises ZooError."""
-    while member.kind == "adapter":
+    """The member whose folder has the frame: that of a change is the model below it. Raises ZooError."""
+    while member.changes:
         if member.base is None:
-            raise ZooError(f"'{member.name}' is an adapter, and nothing says what it sits on",
+            raise ZooError(f"'{member.name}' is {with_article(member.kind)}, and nothing says what it sits on",
                            fix="add  base: <the model it was trained on>  to its entry in zoo.yaml")
         member = member.base
     return member

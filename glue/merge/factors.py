@@ -77,6 +77,8 @@ class Keep:
 
     def count(self, values: Tensor) -> int:
         """How many of these singular values are kept, the largest first: as few as will do, and at least one."""
+        if self.everything:
+            return len(values)
         squares = values.double().square()
         fewest = 1 if self.rank is None or self.energy is not None or self.error is not None else self.rank
         if self.energy is not None:

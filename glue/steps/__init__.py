@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from glue.family import Family, Positive
-from glue.member import Element, Member
+from glue.member import CHANGES, Element, Member
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,8 +53,8 @@ class Takes:
     named: bool = False
 
 
-MODELS = ("model", "adapter")
-RUNS = ("model", "adapter", "mixture")
+MODELS = ("model", *CHANGES)
+RUNS = (*MODELS, "mixture")
 
 
 @dataclass(frozen=True)
