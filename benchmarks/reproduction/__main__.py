@@ -1,6 +1,6 @@
 """The command line of the table of claims.
 
-    python -m benchmarks.reproduction run [--seeds 0 7 14] [--zoo zoo.yaml] [--workers 2]
+    python -m benchmarks.reproduction run [--seeds 0 7 14] [--recipes NAME ...] [--zoo zoo.yaml] [--workers 2]
                                               runs the recipes that claims name, writes results.json and the page
     python -m benchmarks.reproduction table   writes docs/reproduction.md from claims.yaml and results.json
     python -m benchmarks.reproduction table --check     writes nothing; 1 where the page is out of date, 2 where a
@@ -45,7 +45,7 @@ def main(words: list[str] | None = None) -> int:
             raise Mistakes(wrong)
         if given.command == "run":
             for seed in given.seeds:
-                measure_all(papers, seed, given.zoo, given.workers, given.quiet)
+                measure_all(papers, seed, given.zoo, given.workers, given.quiet, given.recipes)
         text = markdown(papers, read_results(RESULTS))
     except GlueError as error:
         print(error, file=sys.stderr)
@@ -61,9 +61,11 @@ def main(words: list[str] | None = None) -> int:
     return 0
 
 
-def measure_all(papers: Sequence[Paper], seed: int, zoo: Path, workers: int, quiet: bool) -> None:
-    """Run every recipe that a claim names at one seed, and note what each claim came to."""
-    claims = [claim for paper in papers for claim in paper.claims]
+def measure_all(papers: Sequence[Paper], seed: int, zoo: Path, workers: int, quiet: bool,
+                recipes: Sequence[str] = ()) -> None:
+    """Run every recipe that a claim names at one seed, and note what each claim came to; or some of the recipes."""
+    every = [claim for paper in papers for claim in paper.claims]
+    claims = [claim for claim in every if not recipes or all(show.recipe in recipes for show in claim.shows)]
     shows = [show for claim in claims for show in claim.shows]
     answers: dict[str, Measured] = {}
     for name in dict.fromkeys(show.recipe for show in shows):
@@ -75,7 +77,7 @@ def measure_all(papers: Sequence[Paper], seed: int, zoo: Path, workers: int, qui
     for claim in claims:
         if claim.shows:
             noted(results, claim.key, seed, [answers[show.asked] for show in claim.shows], today)
-    write_results(RESULTS, results, [claim.key for claim in claims])
+    write_results(RESULTS, results, [claim.key for claim in every if claim.shows])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="run the recipes that claims name; write results and the page")
     runs.add_argument("--seeds", type=int, nargs="+", default=[0, 7, 14], help="of the recipes (0 7 14)")
+    runs.add_argument("--recipes", nargs="+", default=[], help="only claims about these (all)")
     runs.add_argument("--zoo", type=Path, default=Path("zoo.yaml"), help="the zoo to work in (zoo.yaml)")
     runs.add_argument("--workers", type=int, default=2, help="processes (2)")
     runs.add_argument("--quiet", action="store_true", help="without bars")

@@ -8,7 +8,7 @@ from glue.errors import Place
 from glue.member import canonical
 
 MEASURES = {"scores": ("better", "than"), "choice": ("refused", "by"), "answers": ("cheaper", "than"),
-            "families": ("families",)}
+            "errors": ("nearer", "than"), "traffic": ("lighter", "than"), "families": ("families",)}
 
 
 @dataclass(frozen=True)

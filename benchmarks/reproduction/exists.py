@@ -42,16 +42,17 @@ def _problems(show: Show, recipe: Recipe) -> Iterator[str]:
                 yield f"'{head}' is {'one for each family: say which' if line.each else 'one member, without elements'}"
             elif element and element not in lines:
                 yield f"{recipe.name} has no member '{element}'{did_you_mean(element, lines)}"
-            elif (needed := _step(show.measure, k)) and line.step != needed:
-                yield f"'{head}' is made by step {line.step}, and a step {needed} is asked about"
+            elif (needed := _steps(show.measure, k)) and line.step not in needed:
+                yield f"'{head}' is made by step {line.step}, and a step {' or '.join(needed)} is asked about"
             elif show.measure == "scores" and not (recipe.board and
                                                    _among(word, lines[recipe.board.table].params["members"], lines)):
                 yield f"the board of {recipe.name} has no row '{word}'"
 
 
-def _step(measure: str, k: int) -> str:
-    """The step that makes what stands under the k-th key of a measure; "" where any may."""
-    return {"families": "cluster", "answers": "search", "choice": "search" if k == 1 else ""}.get(measure, "")
+def _steps(measure: str, k: int) -> tuple[str, ...]:
+    """The steps that make what stands under the k-th key of a measure; none where any may."""
+    return {"families": ("cluster",), "answers": ("search",), "choice": ("search",) if k == 1 else (),
+            "errors": ("federate",), "traffic": ("federate", "kseed")}.get(measure, ())
 
 
 def _among(word: str, named: Sequence[Any], lines: dict[str, Line]) -> bool:

@@ -4,6 +4,9 @@
     answers   which share of the answers of another search a search does without
     families  by how much the least alike two of one lineage are more alike than the most alike two of different ones
     choice    1 where a search left a member out, 0 where it took it in
+    errors    how much nearer one federation came to the exact mean of what its clients sent than another, in units of
+              the norm of that mean, in the worst round of each
+    traffic   which share of the bytes of another federation a federation does without, up and down
 
 The first has a paired 95 % interval over questions. The others are counts and cosines of what was made: they are what
 they are, and their interval is the number itself.
@@ -100,7 +103,25 @@ def _families(members: list[list[Member]], plan: Plan) -> _Found:
     return _exact(min(alike[True]) - max(alike[False])), len(alike[True]) + len(alike[False]), group
 
 
-_MEASURES = {"scores": _scores, "answers": _answers, "choice": _choice, "families": _families}
+def _errors(members: list[list[Member]], plan: Plan) -> _Found:
+    """How much farther from the exact mean the second federation was."""
+    found = [[one["aggregation_error"] for one in _told(member, "rounds.json")] for (member,) in members]
+    return _exact(max(found[1]) - max(found[0])), len(found[0]), members[0][0]
+
+
+def _traffic(members: list[list[Member]], plan: Plan) -> _Found:
+    """The share of bytes that the first federation does without, beside the second."""
+    sent = [sum(client["up"] + client["down"] for client in _told(member, "ledger.json")["clients"].values())
+            for (member,) in members]
+    return _exact(1 - sent[0] / sent[1]), sum(sent), members[0][0]
+
+
+def _told(member: Member, file: str) -> Any:
+    return json.loads((member.folder / file).read_text())
+
+
+_MEASURES = {"scores": _scores, "answers": _answers, "choice": _choice, "families": _families, "errors": _errors,
+             "traffic": _traffic}
 
 
 def _exact(value: float) -> Interval:

@@ -27,14 +27,16 @@ The verdict follows from the intervals and from nothing else:
 - **cannot be shown here**: the reason is given.
 
 Numbers with an interval are differences in points of the mean over tasks, paired item by item, on test items that no
-search has seen. Answers saved, members left out and gaps in cosine were counted or read off what was made: they have no
-interval, and count as a number does that lies above 0 or not.
+search has seen. Answers and bytes saved, members left out, gaps in cosine and errors of sums were counted or read off
+what was made: they have no interval, and count as a number does that lies above 0 or not.
 
 A claim's last word is how it is known: *read* in the paper's abstract or opening or in its authors' repository; from
 their *code*; *second hand*, from a summary; or *recalled* and not looked up. The papers' tables of results were not at
 hand, so no number of theirs is compared with."""
 _SAID = {"scores": "{} - {}", "answers": "answers saved by {} beside {}", "choice": "{} left out by {}",
-         "families": "{}: the gap in cosine between lineages"}
+         "families": "{}: the gap in cosine between lineages",
+         "errors": "{}: nearer the exact mean than {}, in its norm",
+         "traffic": "bytes saved by {} beside {}"}
 
 
 def markdown(papers: Sequence[Paper], results: Results) -> str:
@@ -120,6 +122,8 @@ def _number(show: Show, part: Part) -> str:
         return f"{found.value * 100:+.1f} [{found.low * 100:+.1f}, {found.high * 100:+.1f}]"
     if show.measure == "choice":
         return "yes" if found.value else "no"
+    if show.measure == "traffic":
+        return f"{found.value:.2%}"
     return f"{found.value:.0%}" if show.measure == "answers" else f"{found.value:+.2f}"
 
 
