@@ -11,13 +11,13 @@ import numpy as np
 
 from glue.errors import GlueError, RecipeError, SuiteError, did_you_mean
 from glue.evaluate.comparisons import Rank, apart, detectable, leaders, ranks
-from glue.evaluate.statistics import Interval, Weights, average, difference, proportion
+from glue.evaluate.statistics import Interval, Weights, average, difference, proportion, unbounded
 from glue.evaluate.suite import Suite, counting, parse, points, read_suite, recorded
 from glue.files import whole_lines
 from glue.kinds.size import Size, size
 from glue.member import Member, Score, Table
 from glue.plan import Plan
-from glue.steps.evaluate import SPEED_NOTE
+from glue.steps.evaluate import LOSS_NOTE, SPEED_NOTE
 from glue.steps.search import SEARCH_NOTE
 from glue.zoo import Zoo
 
@@ -70,6 +70,7 @@ class Row:
     rank    within the ranks that it could have; None where other rows have other items
     seen    whether a search of its lineage has seen some of the items
     others  further names of the same member: what a search found may be a member as it is
+    loss    bits a byte of right answers, the mean of tasks, where the table was made with  loss: true
     size    its parameters, and pace, tokens a second, where the table was made with  speed: true
     """
 
@@ -82,6 +83,7 @@ class Row:
     results: dict[str, np.ndarray]
     size: Size | None = None
     pace: float | None = None
+    loss: Interval | None = None
     rank: Rank | None = None
 
     def interval(self, task: str) -> Interval:
@@ -264,7 +266,8 @@ def _some(names: Mapping[str, str], digests: Iterable[str]) -> str:
 def rows_of(table: Member, plan: Plan) -> tuple[Row, ...]:
     """Scores as rows, best first; the same member under several names is one row."""
     by_digest: dict[str, dict[str, list[Score]]] = {}
-    paces = json.loads(note.read_text()) if (note := table.folder / SPEED_NOTE).exists() else {}
+    paces, lost = (json.loads(note.read_text()) if note.exists() else {}
+                   for note in (table.folder / SPEED_NOTE, table.folder / LOSS_NOTE))
     for score in Table.read(table).rows:
         by_digest.setdefault(score.digest, {}).setdefault(score.member, []).append(score)
     known = {member.name: member for member in plan.zoo}
@@ -277,7 +280,8 @@ def rows_of(table: Member, plan: Plan) -> tuple[Row, ...]:
         scores = [replace(score, seen_by_search=seen) for score in by_name[names[0]]]
         member = known.get(names[0])
         row = _row_of([shown(name, plan) for name in names], scores, member, scale)
-        rows.append(replace(row, size=_size(member) if paces and member else None, pace=paces.get(digest)))
+        rows.append(replace(row, size=_size(member) if paces and member else None, pace=paces.get(digest),
+                            loss=unbounded(lost[digest]) if digest in lost else None))
     return _sorted(rows)
 
 
@@ -368,8 +372,10 @@ def _items(row: Row) -> int:
 
 
 def costs(board: Leaderboard) -> dict[str, Callable[[Row], str]]:
-    """Columns about what members cost, where that was measured: heading -> what a row says."""
+    """Columns about losses and what members cost, where that was measured: heading -> what a row says."""
     found: dict[str, Callable[[Row], str]] = {}
+    if any(row.loss for row in board.rows):
+        found["bits a byte"] = lambda row: "{:.2f} [{:.2f}, {:.2f}]".format(*row.loss) if row.loss else ""
     if any(row.size for row in board.rows):
         found["parameters"] = lambda row: f"{row.size.whole / 1e6:,.1f}M" if row.size else ""
         found["active"] = lambda row: f"{row.size.active / 1e6:,.1f}M" if row.size else ""

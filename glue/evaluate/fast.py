@@ -119,10 +119,35 @@ def ask(running: Running, tasks: Sequence[Task], items: Mapping[str, Sequence[It
 
     A question chooses its expert by its text, once for all of its choices.
     """
+    return _asked(running, tasks, items, lambda answering, prepared: score(answering, prepared, batch_size=batch_size))
+
+
+def losses(running: Running, tasks: Sequence[Task], items: Mapping[str, Sequence[Item]], *,
+           batch_size: int = 64) -> dict[str, np.ndarray]:
+    """How surprised a member is by each right answer: task -> [items], in bits a byte of the space and the answer.
+
+    The same for members with different tokens, since bytes are counted and not tokens.
+    """
+    tasks = [replace(task, output="choice", metric="acc") for task in tasks]
+    answers = {name: [item._replace(choices=(item.answer,), gold=0) for item in some] for name, some in items.items()}
+
+    def lost(answering: Running, prepared: Prepared) -> dict[str, np.ndarray]:
+        heard = _heard(answering, prepared, batch_size)
+        return {task.name: np.array([-heard[row][k] / np.log(2) / len(f" {item.answer}".encode())
+                                     for item, ((row, k),) in zip(prepared.items[task.name],
+                                                                  prepared.places[task.name], strict=True)])
+                for task in prepared.tasks}
+
+    return _asked(running, tasks, answers, lost)
+
+
+def _asked(running: Running, tasks: Sequence[Task], items: Mapping[str, Sequence[Item]],
+           told: Callable[[Running, Prepared], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What is told of the items, each by the expert that its question chooses."""
     def run(answering: Running, some: list[tuple[Task, Item]]) -> list[float]:
         apart = {task.name: [item for other, item in some if other is task] for task in tasks}
         asked = [task for task in tasks if apart[task.name]]
-        found = score(answering, prepare(answering.tokenizer, asked, apart), batch_size=batch_size)
+        found = told(answering, prepare(answering.tokenizer, asked, apart))
         results = {name: iter(values.tolist()) for name, values in found.items()}
         return [next(results[task.name]) for task, _ in some]
 
@@ -133,16 +158,20 @@ def ask(running: Running, tasks: Sequence[Task], items: Mapping[str, Sequence[It
 
 def score(running: Running, prepared: Prepared, *, batch_size: int = 64) -> dict[str, np.ndarray]:
     """Results of one member, task -> [items] in the order of the items; the batch size changes speed only."""
-    reader = _Reader(running, batch_size)
-    contexts = [row.context for row in prepared.rows]
-    heard = by_route(running, contexts, prepared.rows, reader.judge, reader.longest)
-    results = {}
+    heard, results = _heard(running, prepared, batch_size), dict[str, np.ndarray]()
     for task in prepared.tasks:
         values = [[heard[row][k] for row, k in some] for some in prepared.places[task.name]]
         if task.output == "choice":
             values = [[_right(task, item, some)] for item, some in zip(prepared.items[task.name], values, strict=True)]
         results[task.name] = np.array([some[0] for some in values])
     return results
+
+
+def _heard(running: Running, prepared: Prepared, batch_size: int) -> list[list[float]]:
+    """What each row came to: the log-likelihood of each of its choices, or whether the right text was written."""
+    reader = _Reader(running, batch_size)
+    contexts = [row.context for row in prepared.rows]
+    return by_route(running, contexts, prepared.rows, reader.judge, reader.longest)
 
 
 def _right(task: Task, item: Item, likelihoods: list[float]) -> float:

@@ -77,6 +77,19 @@ def difference(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], *, weig
     return _scored(dict(sorted(pairs(a, b).items())), -1.0, weights, level)
 
 
+def unbounded(by_task: Mapping[str, np.ndarray], *, level: float = 0.95) -> Interval:
+    """The mean over tasks of the mean over items of any numbers, such as losses, with the normal interval of its error.
+
+    by_task  task to [items], two or more each
+    """
+    if not by_task or min(map(len, by_task.values())) < 2:
+        raise SuiteError("an error is known of two items or more", fix="measure on a larger split")
+    found = [np.asarray(by_task[task], dtype=np.float64) for task in sorted(by_task)]
+    mean = float(np.mean([some.mean() for some in found]))
+    half = quantile((1 + level) / 2) * sqrt(sum(float(some.var(ddof=1)) / len(some) for some in found)) / len(found)
+    return Interval(mean, mean - half, mean + half)
+
+
 def pairs(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """task to a - b [items]. Raises SuiteError where tasks or numbers of items differ."""
     if set(a) != set(b):

@@ -152,7 +152,8 @@ def _row(rank: int, row: Row, board: Leaderboard, best: dict[str, float], place:
              f'<td class="plot">{_bar(row.member, mean)}</td>']
     cells += [f'<td class="t n{" best" if row.tasks[task] == best[task] else ""}" data-v="{row.tasks[task]!r}" '
               f'style="--v:{row.tasks[task] * 100:.2f}">{row.tasks[task] * 100:.0f}</td>' for task in best]
-    numbers = {"parameters": row.size and row.size.whole, "active": row.size and row.size.active, "tokens/s": row.pace}
+    numbers = {"parameters": row.size and row.size.whole, "active": row.size and row.size.active, "tokens/s": row.pace,
+               "bits a byte": row.loss and row.loss.value}
     cells += [f'<td class="cost n" data-v="{numbers.get(heading) or ""}">{_e(tell(row))}</td>'
               for heading, tell in more.items()]
     facts = [("interval", f"{_percent(mean.value)} [{_percent(mean.low)}, {_percent(mean.high)}]"),

@@ -124,6 +124,7 @@ def board_data(board: Leaderboard) -> dict[str, Any]:
                       "low": row.mean.low, "high": row.mean.high, "seen": row.seen, "tasks": row.tasks,
                       "intervals": {task: row.interval(task)[1:] for task in row.tasks},
                       "rank": row.rank and {"value": row.rank.value, "best": row.rank.best, "worst": row.rank.worst},
+                      "loss": list(row.loss) if row.loss else None,
                       "parameters": row.size and row.size.whole, "active": row.size and row.size.active,
                       "tokens_per_second": row.pace}
                      for row in board.rows]}

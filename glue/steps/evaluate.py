@@ -17,10 +17,13 @@ from glue.steps import Job, Made, ManyThatRun, Measured, OnAnySuite, steps
 from glue.workers import Report
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from glue.evaluate.suite import Named, Task
 
 HARNESS = "lm-eval 0.4"
 SPEED_NOTE = "speed.json"  # beside a table: digest of a member -> tokens a second
+LOSS_NOTE = "loss.json"  # beside a table: digest of a member -> task -> bits a byte of each right answer
 PARTS = 1000  # of the work on one member, for progress
 Results = dict[str, tuple[tuple[float, ...], str]]  # task -> one number per item, digest of the items
 
@@ -32,21 +35,23 @@ def usable(device: str, **_: Any) -> None:
     device_of(device)
 
 
-def timeable(suite: Measured, speed: bool, **_: Any) -> None:
-    """Speed is measured after the first question of a dataset member."""
-    if speed and not suite.suite.tasks:
-        raise SuiteError(f"suite '{suite.suite.name}' has no dataset whose first question members could write after",
-                         fix="remove  speed: true,  or measure a suite that has a task with  data:")
+def noted(suite: Measured, speed: bool, loss: bool, **_: Any) -> None:
+    """Speed and losses are measured on items of dataset members."""
+    for word, asked in (("speed", speed), ("loss", loss)):
+        if asked and not suite.suite.tasks:
+            raise SuiteError(f"suite '{suite.suite.name}' has no dataset with whose items {word} could be measured",
+                             fix=f"remove  {word}: true,  or measure a suite that has a task with  data:")
 
 
-@steps.add("evaluate", makes="table", named=True, unkeyed=("device", "batch_size"), words=usable, check=timeable)
-def evaluate(job: Job, *, members: ManyThatRun, suite: OnAnySuite, speed: bool = False, device: str = "cpu",
-             batch_size: Count | Literal["auto"] = "auto") -> Made:
+@steps.add("evaluate", makes="table", named=True, unkeyed=("device", "batch_size"), words=usable, check=noted)
+def evaluate(job: Job, *, members: ManyThatRun, suite: OnAnySuite, speed: bool = False, loss: bool = False,
+             device: str = "cpu", batch_size: Count | Literal["auto"] = "auto") -> Made:
     """Every member on every task of the suite, item by item. What was measured before is not measured again, and what
     was killed goes on after its last batch.
 
     speed       also time each member alone as it writes after the first question, with one thread; it is noted beside
                 the table and is no part of it, since it is different every time
+    loss        also note beside the table how surprised each member is by every right answer, in bits a byte
     device      where members run: cpu, cuda, cuda:1; auto: an accelerator where there is one. Like the machine, it is
                 no part of the origin
     batch_size  how many questions are read at once; auto: as many as most likely fit, and half as many where they do
@@ -84,7 +89,22 @@ def evaluate(job: Job, *, members: ManyThatRun, suite: OnAnySuite, speed: bool =
         paces = {member.digest: job.workers.call("glue.steps.evaluate:timed", member, question)
                  for member in asked.values()}
         (job.folder / SPEED_NOTE).write_text(json.dumps(paces, indent=1))
+    if loss:
+        kept = list(asked.values())
+        lost = job.workers.map("glue.steps.evaluate:surprised", [(member, suite, device) for member in kept])
+        told = {member.digest: {task: items.tolist() for task, items in each.items()}
+                for member, each in zip(kept, lost, strict=True)}
+        (job.folder / LOSS_NOTE).write_text(json.dumps(told))
     return Made("table", note=f"{len(members)} members on {_name(suite)}")
+
+
+def surprised(member: Member, suite: Measured, device: str) -> dict[str, np.ndarray]:
+    """In a worker: bits a byte of each right answer, task -> [items]."""
+    from glue.evaluate.fast import losses
+    from glue.kinds import load
+    from glue.kinds.device import device_of
+
+    return losses(load(member, device=device_of(device)), suite.suite.tasks, suite.items())
 
 
 def timed(member: Member, question: str) -> float:
