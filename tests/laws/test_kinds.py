@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 from glue.family import families
-from glue.kinds import kinds, load
+from glue.identity import identify
+from glue.kinds import kinds, load, weights
+from glue.kinds.seed_history import History
+from glue.kinds.tt import sides as sides_of_train
+from glue.kinds.tt import write_trains
 from glue.member import Member
+from glue.merge.tensor_train import decomposed
 from glue.mix.levels.model import sites, write
 from glue.mix.parts import Dev, Parts
 
@@ -40,7 +49,38 @@ def a_mixture(tiny, tmp_path) -> tuple[Member, list[Member]]:
     return member, [experts[route] for route in load(member).route(TEXTS)]
 
 
-MADE = {"model": a_model, "adapter": an_adapter, "mixture": a_mixture}
+def a_seed_history(tiny, tmp_path) -> tuple[Member, list[Member]]:
+    base = tiny("base", seed=7)
+    fingerprint, digest = identify(base.folder)
+    base = replace(base, digest=digest, fingerprint=fingerprint)
+    (tmp_path / "history").mkdir()
+    History(digest, 3, 1e-2, np.linspace(-1, 1, 8, dtype=np.float32)).write(tmp_path / "history")
+    member = Member("history", "seed_history", str(tmp_path / "history"), base=base)
+    return member, [as_model(member, base, tmp_path / "replayed")] * 3
+
+
+def a_tensor_train(tiny, tmp_path) -> tuple[Member, list[Member]]:
+    base, generator = tiny("base", seed=8), torch.Generator().manual_seed(0)
+    rows, columns = weights(base).headers["model.layers.0.self_attn.v_proj.weight"].shape
+    change = 0.1 * torch.randn(rows, 2, generator=generator) @ torch.randn(2, columns, generator=generator)
+    (tmp_path / "train").mkdir()
+    train = decomposed(change, sides_of_train(rows), sides_of_train(columns)).train
+    write_trains(tmp_path / "train", {"model.layers.0.self_attn.v_proj": train})
+    member = Member("train", "tensor_train", str(tmp_path / "train"), base=base)
+    return member, [as_model(member, base, tmp_path / "trained")] * 3
+
+
+def as_model(member: Member, base: Member, folder: Path) -> Member:
+    """The tensors of a member as an ordinary model folder."""
+    below, held = load(base), weights(member)
+    below.model.load_state_dict(dict(held.items()), strict=False)
+    below.model.save_pretrained(folder)
+    below.tokenizer.save_pretrained(folder)
+    return Member("m", "model", str(folder))
+
+
+MADE = {"model": a_model, "adapter": an_adapter, "mixture": a_mixture, "seed_history": a_seed_history,
+        "tensor_train": a_tensor_train}
 
 
 @torch.no_grad()
