@@ -197,7 +197,7 @@ def test_a_plan_refuses_what_cannot_be_asked(tiny, tmp_path, monkeypatch, step, 
         make_plan(read_recipe(arcs(tmp_path, step, tiny)), Zoo(tmp_path / "zoo.yaml"))
 
 
-def test_how_the_work_is_done_is_no_part_of_the_origin_and_speed_wants_a_dataset(tiny, tmp_path, monkeypatch):
+def test_how_the_work_is_done_is_no_part_of_the_origin_and_speed_and_loss_want_a_dataset(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     keep(tmp_path / "cache", "allenai/ai2_arc", "ARC-Challenge", {"test": arc(2)})
     step, keys = "evaluate, members: [m], suite: 'arcs.yaml:test'", set()
@@ -205,8 +205,9 @@ def test_how_the_work_is_done_is_no_part_of_the_origin_and_speed_wants_a_dataset
         plan = make_plan(read_recipe(arcs(tmp_path, step + more, tiny)), Zoo(tmp_path / "zoo.yaml"))
         keys.add(plan.tasks[0].origin.key)
     assert len(keys) == 1
-    with pytest.raises(GlueError, match="no dataset whose first question"):
-        make_plan(read_recipe(arcs(tmp_path, step + ", speed: true", tiny)), Zoo(tmp_path / "zoo.yaml"))
+    for word in ("speed", "loss"):
+        with pytest.raises(GlueError, match=f"no dataset with whose items {word} could be measured"):
+            make_plan(read_recipe(arcs(tmp_path, step + f", {word}: true", tiny)), Zoo(tmp_path / "zoo.yaml"))
 
 
 def test_lm_evals_command_on_the_same_cache_leaves_results_that_import_as_what_the_step_measures(tiny, tmp_path,
