@@ -105,7 +105,7 @@ def merge(config: Annotated[Path, typer.Argument(help="A config of mergekit, or 
           out_dtype: Annotated[str, typer.Option(help="To write, instead of the config's.")] = "",
           shard_size: Annotated[str, typer.Option(help="The most that one file holds: 500MB, 5GB.")] = "5GB",
           workers: Annotated[int | None, typer.Option(help="Processes; default: one a core.")] = None,
-          device: Annotated[str, typer.Option(help="Where to calculate: cpu, cuda, cuda:1.")] = "cpu",
+          device: Annotated[str, typer.Option(help="Where to calculate: cpu, cuda, cuda:1, auto.")] = "cpu",
           allow_nan: Annotated[bool, typer.Option(help="Write numbers that are not finite.")] = False,
           lenient: Lenient = False, untie: Untie = False,
           overwrite: Annotated[bool, typer.Option(help="What is in OUT is set aside, not refused.")] = False,

@@ -15,6 +15,7 @@ from glue.checkpoint import Checkpoint, Header, Weights, weights_digest
 from glue.errors import CheckpointError, GlueError, MethodError, RecipeError, did_you_mean, one_line
 from glue.hub import HUB, locate
 from glue.kinds.card import Card, Source
+from glue.kinds.device import device_of
 from glue.kinds.frame import config_json
 from glue.kinds.furnish import furnish
 from glue.kinds.licence import licence_of
@@ -219,7 +220,7 @@ def orders(file: Path, out: Path, settings: Settings, zoo: Zoo | None = None) ->
     for word in (settings.dtype, settings.out_dtype):
         if word and word not in OUTPUTS:
             raise MethodError(f"'{one_line(word)}' is no type of numbers{did_you_mean(word, OUTPUTS)}")
-    _usable(settings.device)
+    settings = replace(settings, device=device_of(settings.device))
     if file.is_file() and EXPERTS.search(file.read_text(errors="replace")):
         return [_mixture(read_moe(file, lenient=settings.lenient), out, settings, zoo)]
     made: dict[str, Dense] = {}
@@ -232,17 +233,6 @@ def orders(file: Path, out: Path, settings: Settings, zoo: Zoo | None = None) ->
             place = out.with_name(f"{out.name}.stages") / config.name
         made[config.name] = _dense(config, place, settings, made, zoo)
     return list(made.values())
-
-
-def _usable(device: str) -> None:
-    """Raise MethodError where torch cannot calculate on a device."""
-    import torch
-
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as problem:
-        raise MethodError(f"'{one_line(device)}' cannot be calculated on: {one_line(str(problem).splitlines()[0])}",
-                          fix="say  --device cpu, or install a torch for this device") from None
 
 
 def _dense(config: Config, out: Path, settings: Settings, made: Mapping[str, Dense], zoo: Zoo | None) -> Dense:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from glue.checkpoint import INDEX, Checkpoint, Header, weights_digest
 from glue.errors import RunError
 from glue.stamp import stamp
 from glue.writer import BLANK, DIGEST, Writer
+from tests.crashes import Crash, crashing
 
 TENSORS = {"a" + "0" * 40: torch.arange(6.0), "b": torch.arange(300, dtype=torch.int8), "c": torch.ones(7)}
 HEADERS = {name: Header(tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()}
@@ -56,25 +56,6 @@ def test_the_digest_does_not_depend_on_what_a_header_says_of_it(tmp_path):
     file.write_bytes(data.replace(digest.encode(), b"f" * 32))
     assert told(tmp_path) == ["f" * 32] and weights_digest(Checkpoint(tmp_path)) == digest
     assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in load_file(file).items())
-
-
-class Crash(BaseException):
-    """Nobody catches it."""
-
-
-def crashing(after: int):
-    """os.pwrite that writes this many bytes in all, and then there is no more."""
-    left, pwrite = after, os.pwrite
-
-    def write_some(file: int, data, at: int) -> int:
-        nonlocal left
-        if left < len(data):
-            pwrite(file, data[:left], at)
-            raise Crash
-        left -= len(data)
-        return pwrite(file, data, at)
-
-    return write_some
 
 
 @pytest.mark.parametrize("shard_size", [10**9, TWO])

@@ -24,6 +24,7 @@ from glue.merge.leaf import Source
 from glue.merge.write import shares, write
 from glue.workers import Workers
 from glue.writer import JOURNAL, Stream, Writer
+from tests.crashes import Crash, crashing
 
 SHAPES = {"embed.weight": (600, 300), "a.weight": (500, 400), "b.weight": (64, 900), "norm": (400,), "none": (0, 4)}
 TOTAL = 2 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
@@ -84,25 +85,6 @@ def test_no_number_of_workers_changes_a_bit(zoo, calm, tmp_path, number):
             found = write(merge_of(zoo, method), tmp_path / method, number=number,
                           spread=lambda calls, each: workers.map("glue.merge.write:fill", calls, each=each))
             assert found == calm[method]
-
-
-class Crash(BaseException):
-    """Nobody catches it."""
-
-
-def crashing(after: int):
-    """os.pwrite that writes this many bytes in all, and then there is no more."""
-    left, pwrite = after, os.pwrite
-
-    def write_some(file: int, data, at: int) -> int:
-        nonlocal left
-        if left < len(data):
-            pwrite(file, data[:left], at)
-            raise Crash
-        left -= len(data)
-        return pwrite(file, data, at)
-
-    return write_some
 
 
 @pytest.mark.parametrize("after", random.Random(7).sample(range(TOTAL), 20))
