@@ -94,7 +94,7 @@ def plan(recipe: Annotated[Path, typer.Argument(help="A recipe, or a merge confi
         settings = Settings(seed or 0, lenient=lenient, untie=untie)
         print_orders(orders(recipe, Path(f"{recipe.stem}-merged"), settings, _zoo_or_none(zoo)), as_json)
     else:
-        print_plan(make_plan(read_recipe(recipe, seed=seed), opened(zoo)), as_json)
+        print_plan(make_plan(read_recipe(recipe, seed=seed), opened(zoo), missing=True), as_json)
 
 
 @app.command()

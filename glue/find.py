@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Pending:
-    """Members that are yet to be made, by name, and their kind."""
+    """Members that are yet to be made, by name, and their kind; `beside` are those of them that are there."""
 
     names: tuple[str, ...]
     kind: str
+    beside: tuple[Member, ...] = ()
 
 
 class Finder:
@@ -129,7 +130,7 @@ class Finder:
                         found.append(one)
             except GlueError as error:
                 raise error.at(line.place(name, k)) from None
-        return _joined(late) if late else found
+        return _joined(late, found) if late else found
 
     def _selected(self, item: Any, line: Line, element: Element | None) -> list[Member | Pending]:
         if isinstance(item, dict) and set(item) == {"each"}:
@@ -205,7 +206,7 @@ class Finder:
             return _joined(late)
         data = {word: one for word, one in found.items() if isinstance(one, Member)}
         for word, member in data.items():
-            if not (member.folder / f"{split}.jsonl").is_file():
+            if member.folder.exists() and not (member.folder / f"{split}.jsonl").is_file():
                 raise RecipeError(f"dataset '{word}' has no split '{split}'", fix=f"make it with  {split}: 200")
         return Measured(suite, split, data, sources)
 
@@ -243,5 +244,5 @@ class Finder:
         return file
 
 
-def _joined(late: list[Pending]) -> Pending:
-    return Pending(tuple(dict.fromkeys(name for one in late for name in one.names)), late[0].kind)
+def _joined(late: list[Pending], beside: Iterable[Member] = ()) -> Pending:
+    return Pending(tuple(dict.fromkeys(name for one in late for name in one.names)), late[0].kind, tuple(beside))

@@ -2,7 +2,8 @@
 
 A plan is a pure function of recipe and zoo, and cheap; `run` makes a new one whenever something was finished. So a
 group that a step has yet to make is simply not expanded until it is there: its tasks are `deferred`, with every
-word checked now, and arity and compatibility when the group exists.
+word checked now, and arity and compatibility when the group exists. What is not on this machine is refused, or, where
+somebody only wants to know, planned as `missing`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from typing import Any, Literal
 from glue.errors import GlueError, MethodError, Mistakes, NotHere, RecipeError, ZooError
 from glue.family import Choice, Method, marks
 from glue.find import Finder, Outcome, Pending
+from glue.hub import locate
 from glue.member import Element, Member, Origin
 from glue.recipe import Line, Recipe
 from glue.steps import Configured, Measured, Takes, steps
 from glue.zoo import Zoo
 
-State = Literal["done", "alias", "ready", "waiting", "deferred"]
+State = Literal["done", "alias", "ready", "waiting", "deferred", "missing"]
 GROUP = "group/1"
 
 
@@ -29,8 +31,10 @@ class Task:
     """One thing to make.
 
     state      done; alias: made under another name, to be registered; ready; waiting for other tasks; deferred: how
-               many there are is decided by a group that is yet to be made
+               many there are is decided by a group that is yet to be made; missing: inputs are not on this machine
     arguments  of the step, resolved (when ready)       origin  known as soon as all inputs are made
+    known      what it is made of, as far as that is there or can be brought, while it waits for the rest
+    lacks      those of them that are not on this machine
     """
 
     name: str
@@ -45,6 +49,8 @@ class Task:
     member: Member | None = None
     inputs: tuple[Member, ...] = ()
     elements: tuple[Element, ...] = ()
+    known: tuple[Member, ...] = ()
+    lacks: tuple[Member, ...] = ()
 
     def folder(self, zoo: Zoo) -> Path:
         """Where its product lies or will lie."""
@@ -77,9 +83,13 @@ class Plan:
         return found
 
 
-def make_plan(recipe: Recipe, zoo: Zoo) -> Plan:
-    """Check every word of the recipe and find what is done. Raises Mistakes with everything that is wrong."""
-    planner = _Planner(recipe, zoo)
+def make_plan(recipe: Recipe, zoo: Zoo, *, missing: bool = False) -> Plan:
+    """Check every word of the recipe and find what is done. Raises Mistakes with everything that is wrong.
+
+    missing  hand-written members that are not on this machine are no mistake: what needs them is planned as far as it
+             goes, and says so. Such a plan cannot be run
+    """
+    planner = _Planner(recipe, zoo, missing)
     for line in recipe.lines:
         planner.plan(line)
     if planner.errors:
@@ -99,8 +109,8 @@ def _gathered(errors: list[GlueError]) -> list[GlueError]:
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, zoo: Zoo):
-        self.recipe, self.zoo = recipe, zoo
+    def __init__(self, recipe: Recipe, zoo: Zoo, missing: bool):
+        self.recipe, self.zoo, self.missing = recipe, zoo, missing
         self.tasks: list[Task] = []
         self.errors: list[GlueError] = []
         self.outcomes: dict[str, Outcome] = {}
@@ -145,8 +155,9 @@ class _Planner:
             return
         group = self.finder.group(line.each, line)
         if isinstance(group, Pending):
-            self._resolve(line, choice, None)  # every other word is checked now
-            self.tasks.append(Task(line.product, line, line.step, "group", "deferred", group.names, choice))
+            arguments, _ = self._resolve(line, choice, None)  # every other word is checked now
+            self.tasks.append(Task(line.product, line, line.step, "group", "deferred", group.names, choice,
+                                   known=tuple(_members(arguments))))
             return
         made = []
         for element in group.elements:
@@ -159,8 +170,12 @@ class _Planner:
     def _task(self, line: Line, method: Method, choice: Choice, name: str, element: Element | None) -> Task:
         arguments, pending = self._resolve(line, choice, element)
         makes = _makes(choice)
+        known = tuple(_members(arguments))
+        if lacks := tuple(dict.fromkeys(member for member in known if self.missing and not present(member))):
+            return Task(name, line, line.step, makes, "missing", tuple(dict.fromkeys(pending)), choice, known=known,
+                        lacks=lacks)
         if pending:
-            return Task(name, line, line.step, makes, "waiting", tuple(dict.fromkeys(pending)), choice)
+            return Task(name, line, line.step, makes, "waiting", tuple(dict.fromkeys(pending)), choice, known=known)
         if "check" in method.traits:
             method.traits["check"](**{**choice.params, **arguments})
         origin = _origin(method, choice, arguments, line.seed)
@@ -206,6 +221,8 @@ class _Planner:
                 found = self.finder.resolve(takes, value, line, name, element)
                 if isinstance(found, Pending):
                     pending += found.names
+                    if found.beside:
+                        arguments[name] = self._identified(list(found.beside), line, name)
                 else:
                     arguments[name] = self._identified(found, line, name)
             except Mistakes as error:
@@ -218,6 +235,8 @@ class _Planner:
 
     def _identified(self, value: Any, line: Line, name: str) -> Any:
         def one(member: Member) -> Member:
+            if self.missing and not present(member):
+                return member
             try:
                 return self.zoo.identified(member)
             except GlueError as error:
@@ -238,6 +257,17 @@ class _Planner:
         if problems:
             raise Mistakes(problems)
         return value
+
+
+def present(member: Member) -> bool:
+    """Whether the files of a member, and of what it sits on, are on this machine."""
+    try:
+        locate(member.path)
+    except NotHere:
+        return False
+    except ZooError:
+        return member.path.startswith("hub:")  # what is wrong with that is told where it is read
+    return present(member.base) if member.changes and member.base else True
 
 
 def _makes(choice: Choice) -> str:

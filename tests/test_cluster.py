@@ -205,8 +205,8 @@ def test_a_copy_is_exactly_alike_in_any_company():
 
 
 def test_a_model_with_nothing_to_compare_and_packed_weights_are_refused():
-    with pytest.raises(CheckpointError, match="source 1 has no matrix whose name says self_attn or mlp"):
-        similarity([model(0), only("transformer.h.0.attn", [[1.0]])])
+    with pytest.raises(CheckpointError, match="source 1 has no matrix whose name says attn or attention or mlp"):
+        similarity([model(0), only("backbone.layers.0.mixer", [[1.0]])])
     packed = InMemory({"mlp.w": torch.ones(2, 2, dtype=torch.uint8)})
     with pytest.raises(CheckpointError, match="packed weights have no cosine"):
         similarity([packed, packed])

@@ -14,7 +14,7 @@ import torch
 
 from glue.docs import main, pages
 from glue.errors import GlueError
-from glue.member import Member, Table
+from glue.member import Table
 from glue.plan import make_plan
 from glue.recipe import read_recipe
 from glue.run import run
@@ -180,13 +180,12 @@ def test_the_zoos_of_the_paper_are_as_large_as_their_names_say(tmp_path):
 
 def ask(zoo: Zoo, folder: Path) -> None:
     """One question for each benchmark of the paper that a suite can ask."""
-    shutil.copytree(ROOT / "benchmarks" / "suites", folder / "benchmarks" / "suites")
-    for name in ("arc_challenge", "winogrande", "mmlu"):
-        (folder / name).mkdir()
+    shutil.copytree(ROOT / "benchmarks" / "suites", folder / "benchmarks" / "suites", dirs_exist_ok=True)
+    for member in zoo.select("tag:questions"):
+        member.folder.mkdir(parents=True)
         for split in ("dev", "test"):
-            (folder / name / f"{split}.jsonl").write_text('{"question": "w3", "choices": ["w4", "w5"], "gold": 0, '
+            (member.folder / f"{split}.jsonl").write_text('{"question": "w3", "choices": ["w4", "w5"], "gold": 0, '
                                                           '"answer": "w4"}\n')
-        zoo.add(Member(name, "dataset", str(folder / name)))
 
 
 @pytest.mark.parametrize("recipe, count", [("which16", 16), ("which4-chat", 5), ("which4-domain", 4)])
@@ -204,9 +203,9 @@ def test_models_of_the_paper_that_are_missing_are_told_in_one_short_error(tmp_pa
 
 
 def test_the_command_line_tells_of_missing_models_without_a_traceback(tmp_path):
-    copied(tmp_path, "zoo.yaml", "recipes")
+    ask(copied(tmp_path, "zoo.yaml", "recipes"), tmp_path)
     glue = [sys.executable, "-c", "from glue.cli import main; main()"]
-    done = subprocess.run([*glue, "plan", "recipes/paper/which16.yaml"], cwd=tmp_path, capture_output=True, text=True,
+    done = subprocess.run([*glue, "run", "recipes/paper/which16.yaml"], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
                           timeout=60)
     assert done.returncode == 2 and done.stdout == ""

@@ -25,7 +25,8 @@ ORDER = {name: k for k, name in enumerate(NOUNS)}
 ORDER |= {"kinds": 20, **dict.fromkeys(VERBS, 30), "workers": 40, "workers_ray": 41, "recipe": 41, "steps": 42,
           "find": 43, "atlas": 43, "plan": 44, "align": 44, "near": 44, "run": 45, "board": 45, "orders": 45,
           "report": 46, "merges": 46, "once": 46, "care": 46, "schema": 46, "recorded": 45, "cards": 44,
-          "reproduce": 46, "lineage": 45, "private": 44, "known": 46, "push": 47, "show": 48, "docs": 49,
+          "reproduce": 46, "lineage": 45, "headers": 21, "needs": 45, "private": 44, "known": 46, "push": 47,
+          "show": 48, "docs": 49,
           "cli_zoo": 50, "cli_federate": 50, "cli": 51}
 
 # Foreign library -> the only places that may import it. What is not named here is free: numpy, torch, scipy, stdlib.

@@ -8,7 +8,8 @@ from typing import Any
 
 HARD = {"model_type": "architecture", "num_hidden_layers": "layers", "hidden_size": "width",
         "intermediate_size": "width of the MLP", "num_attention_heads": "heads",
-        "num_key_value_heads": "key-value heads", "head_dim": "size of a head", "hidden_act": "activation"}
+        "num_key_value_heads": "key-value heads", "head_dim": "size of a head", "hidden_act": "activation",
+        "n_head": "heads", "activation_function": "activation"}  # the last two are GPT-2's words
 SOFT = {"rms_norm_eps": "epsilon of the norms", "layer_norm_eps": "epsilon of the norms",
         "sliding_window": "attention window"}
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")

@@ -1,7 +1,9 @@
 """How alike the weights of models are: the mean column cosine of Model-GLUE and its kin, all pairs in one pass.
 
 For members a and b, S(a, b) is the mean over tensors of the mean over input columns of cos(W_a[:, j], W_b[:, j]).
-The tensors are the matrices [out, in] whose name says self_attn or mlp; each counts once, however large it is.
+The tensors are the matrices [out, in] whose name says that they are of attention or an MLP, whatever the architecture
+calls these; each counts once, however large it is. Experts in one tensor [experts, out, in] are one matrix, and what
+stands [in, out], as in GPT-2, is compared by output.
 Departures from the published code: a column that is zero in both members counts 1 and one that is zero in a single
 member counts 0 (there: 0 and 0), so that copies are always exactly alike, and so are the columns that neither of two
 fine-tunes has moved; members of other shapes give NaN where the published code fails.
@@ -28,7 +30,9 @@ from glue.errors import CheckpointError
 Part = Literal["all", "attention", "mlp"]
 Per = Literal["column", "tensor"]
 Progress = Callable[[list[str]], Iterable[str]]
-PARTS: dict[Part, tuple[str, ...]] = {"all": ("self_attn", "mlp"), "attention": ("self_attn",), "mlp": ("mlp",)}
+ATTENTION = ("attn", "attention")  # self_attn of Llama, attn of GPT-2, attention of GPT-NeoX
+MLP = ("mlp", "block_sparse_moe")  # the latter of Mixtral
+PARTS: dict[Part, tuple[str, ...]] = {"all": (*ATTENTION, *MLP), "attention": ATTENTION, "mlp": MLP}
 BLOCK = 1 << 20  # entries of all members that are compared at a time: they stay in the cache
 LEAST = 1 << 14  # entries of one member, however many members there are: what is shorter takes longer to call
 SUMMED = 1 << 9  # entries whose products are summed in the type of a block: squares of bf16 lose digits one way only
@@ -132,15 +136,15 @@ def compatible(a: Weights, b: Weights) -> str:
 def matrices(source: Weights, part: Part, who: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """(name, shape) of what is compared, by name. Raises CheckpointError where there is nothing, or it is packed."""
     found = {name: header for name, header in source.headers.items()
-             if len(header.shape) == 2 and header.numel and any(word in name for word in PARTS[part])}
+             if len(header.shape) in (2, 3) and header.numel and any(word in name for word in PARTS[part])}
     if not found:
         raise CheckpointError(f"{who} has no matrix whose name says {' or '.join(PARTS[part])}: nothing to compare",
-                              fix="leave it out; only models whose parts are named as in Llama can be compared")
+                              fix="leave it out; models can be compared whose parts are named in a usual way")
     packed = [name for name, header in found.items() if not header.dtype.is_floating_point]
     if packed:
         raise CheckpointError(f"{who} stores '{packed[0]}' as {found[packed[0]].dtype}: packed weights have no cosine",
                               fix="write it in a floating type first, or leave it out")
-    return tuple(sorted((name, header.shape) for name, header in found.items()))
+    return tuple(sorted((name, (header.numel // header.shape[-1], header.shape[-1])) for name, header in found.items()))
 
 
 def _same_shape(sources: Sequence[Weights], part: Part, base: Weights | None) -> list[tuple[list[int], list[str]]]:
@@ -187,8 +191,8 @@ def _each(sources: Sequence[Weights], names: list[str], base: Weights | None, pe
     """The sums of each tensor, in the order of the names; a thread takes a tensor, with no further threads inside."""
     def work(name: str) -> Sums:
         opened = runs.pop(name)
-        tensors = [source[name] for source in opened[:len(sources)]]
-        return _sums(tensors, None if base is None else opened[-1][name], per, signs)
+        tensors = [source[name].flatten(0, -2) for source in opened[:len(sources)]]
+        return _sums(tensors, None if base is None else opened[-1][name].flatten(0, -2), per, signs)
 
     runs = _opened([*sources, *([] if base is None else [base])], names)
     made = max(sum(source.headers[name].nbytes for source in sources if source.headers[name].file is None)

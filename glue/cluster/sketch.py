@@ -88,7 +88,8 @@ def sketch(weights: Weights, *, entries: int = ENTRIES) -> Sketch:
     named = matrices(weights, "all", "it")
     found: dict[int, list[Tensor]] = {}
     for name, columns in _chosen(named, entries).items():
-        tensor = copy(weights)[name]  # a copy of a checkpoint maps its files anew, so that the pages go with the tensor
+        # a copy of a checkpoint maps its files anew, so that the pages go with the tensor
+        tensor = copy(weights)[name].flatten(0, -2)
         found.setdefault(tensor.shape[0], []).append(tensor[:, torch.from_numpy(columns)].T)
     wide: torch.dtype | None = None
     for taken in (one for several in found.values() for one in several):

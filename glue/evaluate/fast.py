@@ -85,6 +85,9 @@ def prepare(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], items: Ma
                                          for ending in some]))
         places[task.name] = []
         for item, context, some in zip(asked, contexts, endings, strict=True):
+            if not context:
+                raise SuiteError(f"task '{task.name}': {item.question!r} has no token, and the model has to read one",
+                                 fix="put words before the question, or leave the item out")
             places[task.name].append([])
             for ending in some:
                 tokens = next(whole)[len(context):]

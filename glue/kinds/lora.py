@@ -23,7 +23,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX, MAGNITUDE = "base_model.model.", "lora_magnitude_vector"
 FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.(lora_(?P<side>[AB])\.weight|lora_magnitude_vector)")
 SCALED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}  # what b @ a is multiplied by
-READ = SCALED | {"use_dora", "bias", "modules_to_save"}
+READ = SCALED | {"use_dora", "bias", "modules_to_save", "fan_in_fan_out"}
 # Say how the adapter was trained or which modules it has, which its tensors say too.
 HARMLESS = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
             "inference_mode", "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform",
@@ -100,15 +100,20 @@ class Adapter:
         """See `scale`."""
         return scale(self.config, module)
 
+    @property
+    def transposed(self) -> bool:
+        """Whether the weights that it changes stand [in, out] in the files of the model, as those of GPT-2 do."""
+        return bool(self.config.get("fan_in_fan_out"))
+
     def shape(self, module: str) -> tuple[int, int]:
-        """Of the weight that is changed, [m, n]."""
+        """Of the change of one layer, [m, n]: from n inputs to m outputs."""
         a, b = (self.tensors.headers[f"{PREFIX}{module}.lora_{side}.weight"].shape for side in "AB")
         return b[0], a[1]
 
     @cached_property
     def told(self) -> str:
         """What the configuration says that changes a number."""
-        keys = SCALED & set(self.config) | {key for key in ("use_dora",) if self.config.get(key)}
+        keys = SCALED & set(self.config) | {key for key in ("use_dora", "fan_in_fan_out") if self.config.get(key)}
         return json.dumps({key: self.config[key] for key in sorted(keys)}, sort_keys=True)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,17 +13,50 @@ from glue.checkpoint import Checkpoint, Header
 from glue.errors import CheckpointError
 from glue.hub import locate
 from glue.kinds import Dtype, Running, kinds
-from glue.kinds.frame import config_of, first_line, generation_of, tokenizer_of
+from glue.kinds.frame import config_json, config_of, first_line, generation_of, tokenizer_of
 from glue.member import Member
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@kinds.add("model", weights=lambda member: Checkpoint(locate(member.path)))
+HEADS = ("lm_head", "embed_out")  # what the layer is called that writes, by itself in the files or not
+EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
+
+
+def model_weights(member: Member) -> Checkpoint:
+    """The tensors in a member's folder. A head that is the embedding, and lies beside it all the same, is none."""
+    found = Checkpoint(locate(member.path))
+    head, embedding = (next((name for name in names if name in found.headers), "")
+                       for names in ((f"{head}.weight" for head in HEADS), EMBEDDINGS))
+    # merged as two tensors, each with random numbers of its own, they would part
+    if head and embedding and found.headers[head].shape == found.headers[embedding].shape and _tied(member) \
+            and torch.equal(found[head], found[embedding]):
+        del found.headers[head]
+    return found
+
+
+def _tied(member: Member) -> bool:
+    """Whether the configuration says that embedding and head are one; where it is silent, its architecture does."""
+    folder = locate(member.path)
+    if not (folder / "config.json").is_file():
+        return False
+    told = config_json(folder, member.name).get("tie_word_embeddings")
+    return bool(config_of(member).tie_word_embeddings if told is None else told)
+
+
+@kinds.add("model", weights=model_weights)
 def model(member: Member, *, device: str = "cpu", dtype: Dtype = "float32") -> Running:
     """A causal language model with its tokenizer, in evaluation mode, padding on the left."""
-    return Running(member, model_of(member, device, dtype), tokenizer_of(member))
+    return _ending(Running(member, model_of(member, device, dtype), tokenizer_of(member)))
+
+
+def _ending(running: Running) -> Running:
+    """The same, with the end of text of its tokenizer where its generation settings name none: else it never ends."""
+    settings = running.model.generation_config
+    if settings is not None and settings.eos_token_id is None:
+        settings.eos_token_id = running.tokenizer.eos_token_id
+    return running
 
 
 def model_of(member: Member, device: str, dtype: Dtype) -> PreTrainedModel:
@@ -41,7 +75,7 @@ def assembled(frame: Member, tensors: Mapping[str, Tensor] | Iterable[tuple[str,
     loaded = _filled(None, f"the tensors for '{frame.name}'", config=config, dtype=torch.float32,
                      state_dict={name: tensor.clone() for name, tensor in dict(tensors).items()})
     loaded.generation_config = generation_of(frame)
-    return Running(frame, loaded, tokenizer_of(frame))
+    return _ending(Running(frame, loaded, tokenizer_of(frame)))
 
 
 class Streamed(Protocol):
@@ -85,7 +119,7 @@ class Skeleton:
         if self._running.member != frame:
             self._running = Running(frame, self._running.model, tokenizer_of(frame))
             self._running.model.generation_config = generation_of(frame)
-        return self._running
+        return _ending(self._running)
 
     def _takes(self, headers: Mapping[str, Header]) -> bool:
         return bool(self._places) and all(name in headers and headers[name].numel == len(place)
@@ -123,6 +157,23 @@ def _filled(source: Any, told_as: str, **how: Any) -> PreTrainedModel:
     for what in ("missing", "mismatched"):
         if names := sorted(map(str, found[f"{what}_keys"])):
             # transformers would go on with random numbers in these places
+            if what == "missing" and (once := _once(names, set(loaded.state_dict()) - set(names))):
+                raise CheckpointError(f"{told_as}: '{once}' stands there once for several layers, as where all share "
+                                      f"one MLP, and no architecture that is known here does so",
+                                      fix="write a copy of it for each layer: the numbers stay the same")
             raise CheckpointError(f"{told_as}: {len(names)} tensors that its configuration asks for are {what}, "
                                   f"e.g. {names[0]}", fix="download or write the weights again")
     return loaded.eval()
+
+
+def _once(missing: Collection[str], there: Collection[str]) -> str:
+    """The first tensor of a module that one layer has, where that module is all that every other layer lacks; or ""."""
+    def parts(name: str) -> tuple[str, str]:  # (layer, module in it): model.layers.0.mlp.up_proj.weight -> (0, mlp)
+        found = re.search(r"\.(\d+)\.(.+?)\.", name)
+        return (found[1], found[2]) if found else ("", "")
+
+    lacking = {module for _, module in map(parts, missing)}
+    having = {layer for layer, module in map(parts, there) if module in lacking}
+    layers = {layer for layer, module in map(parts, there) if layer and module not in lacking}
+    once = len(having) == 1 and {layer for layer, _ in map(parts, missing)} == layers - having
+    return min(name for name in there if parts(name)[1] in lacking) if once else ""

@@ -33,7 +33,7 @@ from glue.merge.target import PIECE
 
 # Keys of a configuration that a result takes over where all members say the same; together, those that name layers.
 WHICH = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-SAID = ("task_type", "bias", "modules_to_save")
+SAID = ("task_type", "bias", "modules_to_save", "fan_in_fan_out")
 LAYERS = ".layers"  # in the folder, while it is made: the layers that were computed
 
 
@@ -102,6 +102,9 @@ def _check_shapes(updates: Sequence[Update]) -> None:
                                       f"adapters of one base can be merged", fix="drop the odd one")
     first = updates[0]
     for update in updates:
+        if update.adapter.transposed != first.adapter.transposed:
+            raise CheckpointError(f"'{first.name}' and '{update.name}' disagree on whether weights stand [in, out] "
+                                  f"(fan_in_fan_out), so they are not adapters of one base", fix="drop the odd one")
         odd = sorted(set(update.adapter.replaced) ^ set(first.adapter.replaced))
         if odd:
             has, lacks = (update, first) if odd[0] in update.adapter.replaced else (first, update)

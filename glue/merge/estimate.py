@@ -50,10 +50,10 @@ def cost(merge: Merge, workers: int, disk: Path) -> Cost:
     if work is not None:
         reading, writing = _probe(merge, disk)
         seconds = max(work / max(1, workers), sum(inputs.values()) / reading, written / writing)
-    return Cost(sum(inputs.values()), passes, written, max(1, workers) * (PROCESS + _held(merge)), seconds)
+    return Cost(sum(inputs.values()), passes, written, max(1, workers) * (PROCESS + held(merge)), seconds)
 
 
-def _held(merge: Merge) -> int:
+def held(merge: Merge) -> int:
     """Bytes that one worker holds of the largest piece: inputs, base and what a method makes of them."""
     def one(target: Target) -> int:
         size = 8 if target.header.dtype.itemsize >= 4 else 4

@@ -13,33 +13,41 @@ from glue.cards import licence_remarks
 from glue.family import families
 from glue.hub import locate
 from glue.merges import order_row
+from glue.needs import Lacking, Needs, needs
 from glue.orders import Order
 from glue.plan import Plan, Task
 from glue.show.terminal import console, human
 
-STATES = {"done": "green", "alias": "green", "ready": "yellow", "waiting": "dim", "deferred": "dim"}
+STATES = {"done": "green", "alias": "green", "ready": "yellow", "waiting": "dim", "deferred": "dim",
+          "missing": "red"}
 
 
 def print_plan(plan: Plan, as_json: bool) -> None:
     """The tasks of a plan: state, inputs with their size, place of the product."""
-    rows = plan_rows(plan)
+    taken = needs(plan) if any(task.lacks for task in plan) else None
+    rows = plan_rows(plan) if taken is None else [_needing(row, taken) for row in plan_rows(plan)]
     if as_json:
         print(json.dumps(rows, indent=1))
         return
     grid = Grid(title=f"{plan.recipe.name}: {plan.recipe.about}", title_justify="left", box=None, pad_edge=False)
-    for heading in ("state", "step", "makes", "reads", "writes"):
+    for heading in ("state", "step", "makes", "reads", "writes", *(["memory"] if taken else [])):
         grid.add_column(heading, overflow="fold")
     for row in rows:
         colour = STATES[row["state"]]
         reads = f"{len(row['inputs'])} members, {human(row['bytes_read'])}" if row["bytes_read"] else ""
         why = f" ({row['why']})" if row["why"] else ""
-        writes = f"{row['folder']}, {human(row['bytes_written'])}" if row["bytes_written"] else row["folder"]
-        grid.add_row(f"[{colour}]{row['state']}[/]", row["step"], escape(row["name"] + why), reads, writes)
+        size = human(row["bytes_written"]) + " each" * row.get("each", False) if row["bytes_written"] else ""
+        memory = [human(row["bytes_memory"]) if row["bytes_memory"] else ""] if taken else []
+        grid.add_row(f"[{colour}]{row['state']}[/]", row["step"], escape(row["name"] + why), reads,
+                     ", ".join(filter(None, (row["folder"], size))), *memory)
     console().print(grid)
+    if taken:
+        _print_needs(taken)
     for remark in licence_remarks(plan):
         console().print(f"[yellow]note[/] {escape(remark)}")
     done = sum(task.state in ("done", "alias") for task in plan)
-    rest = "" if done == len(rows) else f"; glue run {plan.recipe.file} makes the rest"
+    when = "once all is here, " if taken else ""
+    rest = "" if done == len(rows) else f"; {when}glue run {plan.recipe.file} makes the rest"
     print(f"{done} of {len(rows)} tasks are done{rest}")
 
 
@@ -96,15 +104,48 @@ def _told(task: Task, plan: Plan) -> dict[str, Any]:
         names = [name.removeprefix(f"{plan.recipe.name}/") for name in task.waits_for]
         why = "after " + ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     folder = task.member.path if task.member else str(task.folder(plan.zoo)) if task.origin else ""
+    if task.state == "missing":
+        why = f"{len(task.lacks)} inputs are not on this machine" if len(task.lacks) > 1 else \
+            f"{task.lacks[0].name} is not on this machine"
     root = str(plan.zoo.file.parent) + "/"
     sizes = {member: _size(member.path) for member in task.inputs} if task.state == "ready" else {}
     models = [size for member, size in sizes.items() if member.kind != "dataset"] or [0]
     writes = families("steps")[task.step].traits.get("writes") if task.choice else None
     return {"name": task.name, "step": task.step, "state": task.state, "why": why,
-            "inputs": [member.version for member in task.inputs],
-            "bytes_read": sum(sizes.values()),
+            "inputs": [member.version if member.digest else member.name for member in task.inputs or task.known],
+            "lacks": [member.name for member in task.lacks], "bytes_read": sum(sizes.values()),
             "bytes_written": {"one": max(models), "all": sum(models)}.get(writes or "", 0),
             "folder": folder.removeprefix(root)}
+
+
+def _needing(row: dict[str, Any], taken: Needs) -> dict[str, Any]:
+    """The row of a task with what it takes, where files cannot be asked."""
+    need = taken.tasks.get(row["name"])
+    if need is None:
+        return {**row, "bytes_memory": 0, "each": False}
+    read, written = row["bytes_read"] or need.read or 0, row["bytes_written"] or need.written or 0
+    return {**row, "bytes_read": read, "bytes_written": written, "bytes_memory": need.memory or 0, "each": need.each,
+            "exact": need.exact, "lacks": [_lacking(one) for one in taken.lacking if one.member.name in row["lacks"]]}
+
+
+def _lacking(one: Lacking) -> dict[str, Any]:
+    return {"name": one.member.name, "how": one.how, "bytes": one.extent.nbytes if one.extent else 0,
+            "exact": bool(one.extent and one.extent.exact)}
+
+
+def _print_needs(taken: Needs) -> None:
+    """What has to be brought, and what the rest will take."""
+    total, exact = taken.download
+    about = "" if exact else "about "
+    more = f", and {taken.unknown} of unknown size" if taken.unknown else ""
+    print(f"{len(taken.lacking)} members are not on this machine, {about}{total / 1e9:.2f} GB of weights in all{more}:")
+    for one in taken.lacking:
+        size = f"{'' if one.extent.exact else '~'}{one.extent.nbytes / 1e9:.2f} GB" if one.extent else ""
+        print(f"  {size:>9}  {one.how}")
+    written, all_of_them = taken.written
+    least = about if all_of_them else "at least "
+    print(f"products take {least}{written / 1e9:.2f} GB; a worker holds up to {taken.memory / 1e9:.2f} GB of "
+          f"weights, gradients and moments")
 
 
 def _size(path: str) -> int:

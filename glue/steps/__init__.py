@@ -12,10 +12,11 @@ arrive resolved:
 
 Traits: `makes` is the kind of member it leaves; `lone` lets a family of one pass through as it is; `named` says that
 names go into the result, so that they belong to its origin; `writes` says how large the result will be: as `one` of
-the models that go in, or as `all` of them; `resumes` that a draft which a killed run has left goes on where it was;
-`unkeyed` names parameters that say how the work is done and not what comes out, and are no part of the origin. Two
-functions raise for what cannot work, before anything runs: `words` is called with the parameters as they are written,
-`check` with the members too, as soon as these are there.
+the models that go in, or as `all` of them; `holds` what of them is in memory: one that `runs` or `trains` at a time,
+or `pieces`; `resumes` that a draft which a killed run has left goes on where it was; `unkeyed` names parameters that
+say how the work is done and not what comes out, and are no part of the origin. Two functions raise for what cannot
+work, before anything runs: `words` is called with the parameters as they are written, `check` with the members too,
+as soon as these are there.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from glue.workers import Workers
 
 steps = Family("steps", "step", "glue.steps", first="Job -> Made",
-               traits=("makes", "lone", "named", "writes", "resumes", "unkeyed", "words", "check"))
+               traits=("makes", "lone", "named", "writes", "holds", "resumes", "unkeyed", "words", "check"))
 
 
 @dataclass(frozen=True)

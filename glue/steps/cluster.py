@@ -87,13 +87,15 @@ def sketch_file(shared: Path, member: Member) -> Path:
 
 def sketched(member: Member, file: Path) -> None:
     """In a worker: make the sketch of a member where it is not there yet."""
+    from glue.cluster.similarity import matrices
     from glue.cluster.sketch import ENTRIES, Sketch, sketch
     from glue.kinds import weights
 
     source = weights(member)
     try:
         known = Sketch.load(file)
-        if (known.fingerprint, known.entries) == (source.fingerprint, ENTRIES):
+        wanted = source.fingerprint, ENTRIES, matrices(source, "all", f"'{member.name}'")
+        if (known.fingerprint, known.entries, known.matrices) == wanted:
             return
     except (OSError, CheckpointError):  # not there, or not whole
         pass

@@ -43,7 +43,8 @@ def noted(suite: Measured, speed: bool, loss: bool, **_: Any) -> None:
                              fix=f"remove  {word}: true,  or measure a suite that has a task with  data:")
 
 
-@steps.add("evaluate", makes="table", named=True, unkeyed=("device", "batch_size"), words=usable, check=noted)
+@steps.add("evaluate", makes="table", named=True, holds="runs", unkeyed=("device", "batch_size"), words=usable,
+           check=noted)
 def evaluate(job: Job, *, members: ManyThatRun, suite: OnAnySuite, speed: bool = False, loss: bool = False,
              device: str = "cpu", batch_size: Count | Literal["auto"] = "auto") -> Made:
     """Every member on every task of the suite, item by item. What was measured before is not measured again, and what

@@ -59,6 +59,9 @@ def extract(job: Job, *, model: One, base: Tunable, rank: Count | None = None, e
     from glue.merge.lora_folder import NOTE, About, write_folder
 
     layers = job.workers.call("glue.steps.extract:linear", base)
+    if not layers:
+        raise MethodError(f"'{base.name}' has no linear layers that a LoRA could change: its architecture has other "
+                          f"ones, or its files call them by other names", fix="keep the model as it is")
     chosen = [layer for layer in layers if targets is None or meant(layer, targets)]
     if lacking := [target for target in targets or () if not any(meant(layer, [target]) for layer in layers)]:
         raise MethodError(f"'{lacking[0]}' is no linear layer of '{base.name}', so no LoRA can change it",

@@ -79,8 +79,8 @@ def feasible(base: Member, data: dict[Member, float], partition: Partition, clie
         raise RecipeError(f"client '{min(lacking)}' has no rank", fix="name every client, or give one rank for all")
 
 
-@steps.add("federate", makes=lambda combine, kind, **_: _kind(combine, kind), writes="one", resumes=True,
-           words=federable, check=feasible, source="arXiv:2409.05976")
+@steps.add("federate", makes=lambda combine, kind, **_: _kind(combine, kind), writes="one", holds="trains",
+           resumes=True, words=federable, check=feasible, source="arXiv:2409.05976")
 def federate(job: Job, *, base: Tunable, data: Shares, clients: Count | list[str] = 4,
              partition: Literal["iid", "by_dataset"] | dict[str, Any] = "iid", rounds: Count = 1,
              kind: Literal["lora", "full"] = "lora", steps: Count, learning_rate: Positive, batch_size: Count = 64,

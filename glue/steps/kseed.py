@@ -62,7 +62,7 @@ def sensible(partition: Partition, privacy: dict[str, float] | None, **_: Any) -
         Privacy(**privacy)
 
 
-@steps.add("kseed", makes="seed_history", resumes=True, words=sensible,
+@steps.add("kseed", makes="seed_history", holds="runs", resumes=True, words=sensible,
            check=lambda **given: feasible(**{"rank": 0, **given}), source="arXiv:2312.06353")
 def kseed(job: Job, *, base: Tunable, data: Shares, clients: Count | list[str] = 4,
           partition: Literal["iid", "by_dataset"] | dict[str, Any] = "iid", rounds: Count = 1, steps: Count,

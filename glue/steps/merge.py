@@ -37,7 +37,7 @@ def compatible(members: list[Member], method: Choice, base: Member | None = None
     check(method, sources_of(members), source_of(base))
 
 
-@steps.add("merge", makes=kind_of, lone=True, writes="one", resumes=True, check=compatible)
+@steps.add("merge", makes=kind_of, lone=True, writes="one", holds="pieces", resumes=True, check=compatible)
 def merge(job: Job, *, members: Many, method: Annotated[Any, Of("merging")], base: One | None = None,
           dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> Made:
     """One model out of several, by any merge method; `base` is what deltas are taken from.

@@ -72,7 +72,7 @@ def joinable(members: list[Member], level: Level = "model", routing: Unit | None
            compress)
 
 
-@steps.add("mix", makes="mixture", named=True, writes="all", words=sensible, check=joinable,
+@steps.add("mix", makes="mixture", named=True, writes="all", holds="runs", words=sensible, check=joinable,
            source="arXiv:2410.05357", version=2)
 def mix(job: Job, *, members: Many, router: Annotated[Any, Of("routing")], suite: OnDev, level: Level = "model",
         base: One | None = None, dense_layers: Natural = 0, routing: Unit | None = None, reader_layer: int = -1,

@@ -29,7 +29,7 @@ def of_these(members: list[Member], experts: list[Member], **_: Any) -> None:
         _order(mixture, experts)
 
 
-@steps.add("routing", makes="table", named=True, check=of_these, version=2)
+@steps.add("routing", makes="table", named=True, holds="runs", check=of_these, version=2)
 def routing(job: Job, *, members: Mixtures, experts: Many, suite: OnSuite) -> Made:
     """Which expert each mixture asks for each item, beside what every expert alone answers to it.
 

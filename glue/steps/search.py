@@ -47,8 +47,8 @@ def mergeable(members: list[Member], merge: Choice, strategy: Choice, base: Memb
         compatible(members, merge, base)
 
 
-@steps.add("search", makes="model", lone=True, writes="one", resumes=True, words=searchable, check=mergeable,
-           source="arXiv:2410.05357")
+@steps.add("search", makes="model", lone=True, writes="one", holds="runs", resumes=True, words=searchable,
+           check=mergeable, source="arXiv:2410.05357")
 def search(job: Job, *, members: Many, strategy: Annotated[Any, Of("searching")],
            merge: Annotated[Any, Of("merging")] = "task_arithmetic", suite: OnDev, base: One | None = None,
            budget: Count = 200, items: Count | None = None,

@@ -11,7 +11,7 @@ from glue.steps import Job, Made, Shares, Tunable, steps
 from glue.steps.pretrain import told
 
 
-@steps.add("tune", makes="model", writes="one")
+@steps.add("tune", makes="model", writes="one", holds="trains")
 def tune(job: Job, *, base: Tunable, data: Shares, steps: Count, learning_rate: Positive, batch_size: Count = 64,
          weight_decay: NonNegative = 0.05, prompt_weight: NonNegative = 0.05) -> Made:
     """A full fine-tune of `base` on datasets in the given shares."""
@@ -19,7 +19,7 @@ def tune(job: Job, *, base: Tunable, data: Shares, steps: Count, learning_rate: 
                   weight_decay=weight_decay, prompt_weight=prompt_weight)
 
 
-@steps.add("lora", makes="adapter", source="arXiv:2106.09685")
+@steps.add("lora", makes="adapter", writes="one", holds="trains", source="arXiv:2106.09685")
 def lora(job: Job, *, base: Tunable, data: Shares, steps: Count, learning_rate: Positive, rank: Count = 8,
          alpha: Positive = 16.0, targets: list[str], batch_size: Count = 64, weight_decay: NonNegative = 0.0,
          prompt_weight: NonNegative = 0.05) -> Made:

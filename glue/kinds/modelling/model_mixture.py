@@ -185,7 +185,7 @@ def cut(expert: dict, layers: slice) -> PretrainedConfig:
     whole = AutoConfig.for_model(**expert)
     kinds = getattr(whole, "layer_types", None)
     part = {**expert, "num_hidden_layers": len(range(whole.num_hidden_layers)[layers]), "tie_word_embeddings": False}
-    return AutoConfig.for_model(**part, **({"layer_types": kinds[layers]} if kinds else {}))
+    return AutoConfig.for_model(**{**part, **({"layer_types": kinds[layers]} if kinds else {})})
 
 
 class GlueModelMixtureForCausalLM(PreTrainedModel, GenerationMixin):

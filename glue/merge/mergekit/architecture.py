@@ -221,8 +221,11 @@ def _definitions() -> dict[str, list[tuple[str, Architecture]]]:
 
 
 def _part(data: Mapping[str, Any], prefix: str) -> Part:
+    def optional(entry: Mapping[str, Any]) -> bool:  # newer files do not hold what is computed
+        return bool(entry.get("optional") or COMPUTED.search(_SLOT.sub("0", prefix + entry["name"])))
+
     def weights(entries: list[dict[str, Any]]) -> tuple[Weight, ...]:
-        return tuple(Weight(prefix + entry["name"], bool(entry.get("optional")),
+        return tuple(Weight(prefix + entry["name"], optional(entry),
                             tuple(prefix + name for name in entry.get("aliases") or ()),
                             tuple(prefix + name for name in entry.get("tied_names") or ()),
                             entry.get("vocabulary_axis"), entry.get("force_dtype") or "") for entry in entries)

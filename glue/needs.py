@@ -1,0 +1,247 @@
+"""Needs: what a plan takes before it runs - downloads, room for products, memory - from headers alone.
+
+Memory is that of one worker, for what grows with the models: their weights in fp32, where they run; gradients and the
+two moments of AdamW beside them, where they are trained; the pieces of a merge. Activations, caches and programs come
+on top. What nothing is recorded of is not guessed at, and told as None.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from glue.checkpoint import Header, Weights
+from glue.errors import GlueError, NotHere, ZooError
+from glue.family import families
+from glue.headers import TYPES, Recorded, factor_numbers, read_recorded
+from glue.hub import locate
+from glue.member import Member
+from glue.plan import Plan, Task, present
+
+RUNS, TRAINS = 4, 16  # bytes a number in fp32: the number itself; and its gradient and two moments
+MODELS = ("model", "adapter", "mixture")
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How large a model is: its numbers, and their bytes as stored."""
+
+    parameters: int
+    nbytes: int
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one task takes, in bytes; None where that is not known.
+
+    each   the line is made once for each element of a group, and this is one of them
+    exact  False where it is about so much
+    open   something is written, and how much is not known
+    """
+
+    read: int | None
+    written: int | None
+    memory: int | None
+    each: bool = False
+    exact: bool = True
+    open: bool = False
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """What is not on this machine: how it is got, and how large it is."""
+
+    member: Member
+    how: str
+    extent: Extent | None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Of a whole plan: by task, and what has to be brought first."""
+
+    tasks: Mapping[str, Need]
+    lacking: tuple[Lacking, ...]
+
+    @property
+    def download(self) -> tuple[int, bool]:
+        """(bytes of all that is known, whether that is exactly all)."""
+        known = [one.extent for one in self.lacking if one.extent]
+        models = [one for one in self.lacking if one.member.kind != "dataset"]
+        return sum(extent.nbytes for extent in known), len(known) == len(models) and all(one.exact for one in known)
+
+    @property
+    def unknown(self) -> int:
+        """How many models nothing is recorded of."""
+        return sum(one.extent is None and one.member.kind != "dataset" for one in self.lacking)
+
+    @property
+    def memory(self) -> int:
+        """The most that one worker holds of models."""
+        return max((need.memory or 0 for need in self.tasks.values()), default=0)
+
+    @property
+    def written(self) -> tuple[int, bool]:
+        """(bytes of products that are yet to be made, whether that is all: no line is open or made for several)."""
+        return (sum(need.written or 0 for need in self.tasks.values()),
+                not any(need.open or need.each and need.written for need in self.tasks.values()))
+
+
+def needs(plan: Plan) -> Needs:
+    """What a plan takes. Reads headers; raises nothing that a run would not tell better."""
+    counting = _Counting(read_recorded(plan.zoo.file))
+    found = {task.name: counting.need(task) for task in plan if task.state not in ("done", "alias")}
+    lacking: dict[str, Lacking] = {}
+    for member in (member for task in plan for one in task.lacks for member in _below(one)):
+        if not present(replace(member, base=None, kind="model")):
+            lacking.setdefault(member.path, Lacking(member, _how(member, plan), counting.extent(member)))
+    return Needs(found, tuple(sorted(lacking.values(), key=lambda one: one.member.kind == "dataset")))
+
+
+def _below(member: Member) -> Iterable[Member]:
+    yield member
+    if member.changes and member.base:
+        yield from _below(member.base)
+
+
+def _how(member: Member, plan: Plan) -> str:
+    try:
+        locate(member.path)
+    except NotHere as lacking:
+        return lacking.command
+    except ZooError:
+        pass
+    return f"put it into {member.path.removeprefix(f'{plan.zoo.file.parent}/')}"
+
+
+def _times(task: Task, name: str) -> int:
+    """How many elements of a group that is awaited a line names one by one."""
+    values = [value for value in task.line.params.values() if isinstance(value, list)]
+    words = [word for value in values for word in value if isinstance(word, str)]
+    full = [*words, *(f"{task.line.recipe}/{word}" for word in words)]
+    return sum(word.startswith(f"{name}/") for word in full) or 1
+
+
+def _of_each(name: str, level: str, dense: int) -> bool:
+    """Whether each expert of a mixture at this level has a tensor of this name, or all have one."""
+    found = re.match(r"model\.layers\.(\d+)\.(mlp\.)?", name)
+    if found is None:
+        return level == "text" or level == "model" and (not dense or "embed_tokens" not in name)
+    return level == "text" or int(found[1]) >= dense and (level != "ffn" or bool(found[2]))
+
+
+class _Counting:
+    """Goes through the tasks of a plan in order, and remembers how large each product will be."""
+
+    def __init__(self, recorded: Mapping[str, Recorded]):
+        self.recorded = recorded
+        self.made: dict[str, list[Extent | None]] = {}
+
+    def need(self, task: Task) -> Need:
+        """What one task takes; its product is known from then on."""
+        members = [member for member in (task.known or task.inputs) if member.kind in MODELS]
+        several = [self.extent(member) for member in members]
+        several += [one for name in task.waits_for for one in self.made.get(name, []) * _times(task, name)]
+        sizes = [one for one in several if one]
+        each, exact = task.state == "deferred", len(sizes) == len(several) and all(one.exact for one in sizes)
+        traits = families("steps")[task.step].traits if task.choice else {}
+        made = self._makes(task, members, sizes, traits.get("writes"))
+        self.made[task.name] = several if task.makes == "group" and not each else [made]
+        return Need(sum(one.nbytes for one in sizes) if sizes and not each else None, made.nbytes if made else None,
+                    self._memory(task, members, sizes, traits.get("holds")), each, exact,
+                    bool(traits.get("writes")) and made is None)
+
+    def _makes(self, task: Task, members: Sequence[Member], sizes: list[Extent], writes: Any) -> Extent | None:
+        if task.choice is None or not sizes or not writes:
+            return None
+        exact = all(one.exact for one in sizes)
+        if task.makes == "mixture" and (found := self._mixture(task, members)):
+            return replace(found, exact=exact and found.exact)
+        if task.makes == "adapter":  # of a federation, how the parts are combined decides
+            return self._adapter(task, members) if "combine" not in task.choice.params else None
+        parameters = (sum if writes == "all" else max)(one.parameters for one in sizes)
+        nbytes = (sum if writes == "all" else max)(one.nbytes for one in sizes)
+        dtype = TYPES.get(task.choice.params.get("dtype") or "")
+        if task.step == "tune":  # is written as it was trained
+            nbytes = parameters * RUNS
+        return Extent(parameters, parameters * dtype.itemsize if dtype else nbytes, exact)
+
+    def _mixture(self, task: Task, members: Sequence[Member]) -> Extent | None:
+        """What each expert has and what they share, without the gates; None where some experts are yet to be made."""
+        assert task.choice is not None
+        params = task.choice.params
+        experts = [member for member in members if member.name != params["base"]]
+        headers = [found.headers for found in map(self.weights, experts) if found is not None]
+        awaited = [name for name in task.waits_for if name.split("/", 1)[1] != params["base"]]
+        if not headers or len(headers) < len(experts) or awaited:
+            return None
+        numbers = nbytes = 0
+        for name, header in headers[0].items():
+            times = len(experts) if _of_each(name, params["level"], params["dense_layers"]) else 1
+            numbers, nbytes = numbers + times * header.numel, nbytes + times * header.nbytes
+        return Extent(numbers, nbytes, exact=False)
+
+    def _adapter(self, task: Task, members: Sequence[Member]) -> Extent | None:
+        """What is trained of an adapter on layers that the line names, at the largest of its ranks, in fp32."""
+        assert task.choice is not None
+        params = task.choice.params
+        rank, found = params.get("rank"), self.weights(members[0]) if members else None
+        if found is None or not params.get("targets") or rank is None:
+            return None
+        largest = max(rank.values()) if isinstance(rank, dict) else rank
+        numbers = factor_numbers(found.headers, params["targets"], largest)
+        return Extent(numbers, numbers * RUNS)
+
+    def _memory(self, task: Task, members: Sequence[Member], sizes: list[Extent], holds: Any) -> int | None:
+        if task.choice is None or not sizes:
+            return None
+        largest = max(one.parameters for one in sizes)
+        if holds == "runs":
+            return largest * RUNS
+        if holds == "trains":
+            trained = self._adapter(task, members) if task.makes == "adapter" else None
+            return largest * RUNS + trained.parameters * TRAINS if trained else largest * TRAINS
+        return self._merged(task, members) if holds == "pieces" else None
+
+    def _merged(self, task: Task, members: Sequence[Member]) -> int | None:
+        """What a worker holds of a merge whose members are all known."""
+        from glue.merge.engine import prepared
+        from glue.merge.estimate import PROCESS, held
+        from glue.merge.leaf import Source
+
+        assert task.choice is not None
+        method, base = task.choice.params["method"], task.choice.params.get("base")
+        if task.waits_for or method.method.traits["space"] == "factors":
+            return None
+        found = {member.name: self.weights(member) for member in members}
+        sources = {name: Source(name, weights) for name, weights in found.items() if weights is not None}
+        below = sources.get(base) if isinstance(base, str) else None
+        try:
+            return PROCESS + held(prepared(method, [one for name, one in sources.items() if name != base], below))
+        except GlueError:
+            return None
+
+    def weights(self, member: Member) -> Weights | None:
+        """Headers of a member: those of its files, or recorded ones."""
+        if present(member):
+            from glue.kinds import weights
+
+            try:
+                return weights(member)
+            except GlueError:
+                return None
+        name = member.path.removeprefix("hub:").partition("@")[0]
+        return self.recorded.get(name)
+
+    def extent(self, member: Member) -> Extent | None:
+        """How large a member is; None where nothing is known of it."""
+        found = self.weights(member) if member.kind in MODELS else None
+        if found is None:
+            return None
+        headers: Iterable[Header] = found.headers.values()
+        numbers, nbytes = (sum(values) for values in zip(*((header.numel, header.nbytes) for header in headers),
+                                                         strict=True))
+        return Extent(numbers, nbytes, not isinstance(found, Recorded) or found.exact)
