@@ -17,7 +17,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # Lower layers first; a module may import its own layer where the layer says so, and what is below.
 NOUNS = ("errors", "files", "family", "document", "member", "checkpoint", "writer", "stamp", "hub", "identity", "zoo")
-VERBS = ("skills", "cluster", "merge", "search", "mix", "tune", "federate", "evaluate")
+VERBS = ("skills", "cluster", "merge", "search", "mix", "tune", "federate", "refine", "evaluate")
 WIRING = ("workers", "workers_ray", "recipe", "steps", "find", "atlas", "align", "near", "plan", "run", "board",
           "orders", "report", "merges", "once", "care", "schema", "recorded", "reproduce",
           "lineage", "cards", "private", "known", "push", "docs", "show", "cli_federate", "cli_zoo", "cli")
@@ -36,7 +36,7 @@ FENCES = {"lm_eval": {"evaluate/lm_eval.py"}, "mergekit": {"merge/mergekit/peer.
           "transformers": {"kinds/", "tune/", "mix/", "evaluate/lm_eval.py", "merge/mergekit/peer.py"},
           "peft": {"kinds/", "tune/"}, "rich": {"show/"}, "typer": {"cli.py", "cli_federate.py", "cli_zoo.py"},
           "yaml": {"document.py", "evaluate/suite.py"},
-          "sklearn": set(), "tokenizers": {"tune/"}, "huggingface_hub": {"hub.py"}, "filelock": {"files.py"}}
+          "sklearn": {"refine/"}, "tokenizers": {"tune/"}, "huggingface_hub": {"hub.py"}, "filelock": {"files.py"}}
 HEAVY = ("transformers", "peft", "lm_eval", "mergekit", "flwr", "ray", "fastapi", "matplotlib", "sklearn", "datasets")
 
 
