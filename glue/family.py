@@ -200,8 +200,8 @@ def families(key: str) -> Family:
     return _FAMILIES[key]
 
 
-HOMES = {"merging": "glue.merge", "routing": "glue.mix", "searching": "glue.search", "teaching": "glue.skills",
-         "kinds": "glue.kinds", "steps": "glue.steps"}
+HOMES = {"merging": "glue.merge", "routing": "glue.mix", "searching": "glue.search", "selecting": "glue.refine",
+         "teaching": "glue.skills", "kinds": "glue.kinds", "steps": "glue.steps"}
 
 
 def _plugged_in(point: importlib.metadata.EntryPoint) -> None:

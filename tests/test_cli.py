@@ -147,7 +147,7 @@ def test_methods_lists_names_parameters_and_sources(glue: Glue):
     _, out, _ = glue("methods", "merging")
     assert "ties" in out and "density" in out and "arXiv:2306.01708" in out
     rows = json.loads(glue("methods", "--json")[1])
-    assert {"merging", "routing", "searching", "teaching", "steps"} == {row["family"] for row in rows}
+    assert {"merging", "routing", "searching", "selecting", "teaching", "steps"} == {row["family"] for row in rows}
     code, _, err = glue("methods", "mergin")
     assert code == 2 and "did you mean 'merging'" in err
 

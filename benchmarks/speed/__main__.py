@@ -5,6 +5,7 @@
     python -m benchmarks.speed similarity [--shape 160m] [--members 8,16] [--json FILE]     measures comparisons
     python -m benchmarks.speed mixtures [--shape 160m] [--levels model,block] [--json FILE] measures mixtures
     python -m benchmarks.speed fold [--shape 1b1] [--clients 8,64] [--json FILE]            measures folds of adapters
+    python -m benchmarks.speed shapley [--games 5] [--json FILE]                            counts fits of a valuation
     python -m benchmarks.speed table FILE.json ... [--into README.md [--check]]             prints, or fills a page
 """
 
@@ -96,6 +97,13 @@ def fold(given: argparse.Namespace) -> int:
     return main(given)
 
 
+def shapley(given: argparse.Namespace) -> int:
+    """Count the fits that a table of values takes, beside the published scheme."""
+    from benchmarks.speed.shapley import main
+
+    return main(given)
+
+
 def table(given: argparse.Namespace) -> int:
     """Print the tables of some results, or put them into a page."""
     if not given.into:
@@ -134,7 +142,7 @@ def _warm(folder: Path, bench: Bench) -> None:
 
 
 WHAT = {"merge": merge, "search": search, "similarity": similarity, "mixtures": mixtures, "fold": fold,
-        "table": table}
+        "shapley": shapley, "table": table}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -187,6 +195,9 @@ def _parser() -> argparse.ArgumentParser:
     folds.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "glue-speed",
                        help="where adapters are made and kept")
     folds.add_argument("--json", type=Path, help="write results here, row by row")
+    values = what.add_parser("shapley", help="count the fits that values of clusters take, beside the published scheme")
+    values.add_argument("--games", type=int, default=5, help="how many are played, by all ways (5)")
+    values.add_argument("--json", type=Path, help="write results here")
     two = what.add_parser("table", help="print results as Markdown")
     two.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
     two.add_argument("--into", type=Path, metavar="PAGE", help="put it into a page, between its two markers")

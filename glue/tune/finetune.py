@@ -48,7 +48,7 @@ def finetune(out: Path, *, base: Path, data: Sequence[tuple[Path, float]], steps
     model.to(device)  # type: ignore[arg-type]
     datasets = [read_items(folder, tokenizer, model.config.max_position_embeddings) for folder, _ in data]
     batches = draw_batches(datasets, [weight for _, weight in data], batch_size, random.Random(seed))
-    trained: Any = model if lora is None else _with_adapter(model, lora, seed)
+    trained: Any = model if lora is None else with_adapter(model, lora, seed)
     train(trained, batches, steps=steps, learning_rate=learning_rate, weight_decay=weight_decay,
           prompt_weight=prompt_weight, report=report)
     if lora is None:
@@ -62,7 +62,8 @@ def finetune(out: Path, *, base: Path, data: Sequence[tuple[Path, float]], steps
     readable(out)
 
 
-def _with_adapter(model: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> PeftModel:
+def with_adapter(model: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> PeftModel:
+    """The model with an adapter in it that changes nothing yet and is all that trains; `lora` as in `finetune`."""
     from peft import LoraConfig, get_peft_model
 
     layers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
