@@ -44,6 +44,7 @@ SAID: Mapping[str, tuple[str, str, str, tuple[str, ...]]] = {
                ("federated",)),
     "pretrain": ("", "Training", "A language model trained from nothing", ()),
     "mergekit": ("merge", "Merge", "A merge of pre-trained language models", ("mergekit", "merge")),
+    "import": ("", "Import", "Questions and answers that others have written", ()),
     "data": ("", "Making", "Questions and answers", ())}
 OTHERS = ("", "Origin", "A language model", ())
 

@@ -20,7 +20,7 @@ from glue.steps import Takes
 START, END = "<!-- methods: made by `python -m glue.docs` -->", "<!-- end of methods -->"
 MEMBERS = {"one": "a member", "many": "members: names, `tag:x`, groups",
            "shares": "a mapping from datasets to shares > 0", "suite": "a suite and split, `name:dev` or `name:test`",
-           "config": "a YAML of mergekit, beside the recipe"}
+           "config": "a YAML of mergekit, beside the recipe", "files": "a file or a folder, seen from the recipe's"}
 HEAD = """\
 # Methods
 

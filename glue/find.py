@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from glue.errors import GlueError, RecipeError, did_you_mean
-from glue.member import Element, Member
+from glue.member import Element, Member, Origin
 from glue.recipe import Line, Recipe
 from glue.steps import Configured, Measured, Takes
 from glue.zoo import Zoo
 
 ROOT = "root"
+FOUND = Origin("files/1", {}, {}, 0)  # of what is no member, but goes into one: its digest is known
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Finder:
                 return self._suite(takes, value, line)
             if takes.how == "config":
                 return self._config(takes, value, line)
+            if takes.how == "files":
+                return files(self.zoo, Path(line.document.file).parent, value, line.params.get("split"))
             if takes.how == "one":
                 return self._checked(self.one(value, line.recipe, element, line), takes, value, line)
             if takes.how == "shares":
@@ -246,3 +250,21 @@ class Finder:
 
 def _joined(late: list[Pending], beside: Iterable[Member] = ()) -> Pending:
     return Pending(tuple(dict.fromkeys(name for one in late for name in one.names)), late[0].kind, tuple(beside))
+
+
+def files(zoo: Zoo, folder: Path, path: str, split: str | None) -> Member:
+    """Files that others have written, as what goes into a product: named as seen from the zoo, known by their bytes.
+
+    folder  from which the path is seen
+    Raises SuiteError where it is not clear which files are meant.
+    """
+    from glue.tune.records import files_of
+
+    if path.startswith("hub:"):
+        name = path.removeprefix("hub:")
+        raise RecipeError(f"'{path}' is on the hub, and only files of this machine are read",
+                          fix=f"hf download {name} --repo-type dataset --local-dir {name.rsplit('/', 1)[-1]} , and "
+                              f"name that folder")
+    place, here = (Path(os.path.abspath(one)) for one in (folder / path, zoo.file.parent))
+    name = str(place.relative_to(here)) if place.is_relative_to(here) else str(place)
+    return Member(name, "dataset", str(place), digest=files_of(place, split).digest(), origin=FOUND)

@@ -100,7 +100,8 @@ class _Tree:
         for (name, digest), some in roles.items():
             one = self._found(name, digest)
             if one is None:
-                yield Ancestor(name, "gone", digest, "", "", tuple(some))
+                read = member.origin is not None and member.origin.step.startswith("import/")
+                yield Ancestor(name, "files" if read else "gone", digest, "", "", tuple(some))
             elif self.data or one.kind != "dataset":
                 yield self.of(one, tuple(some))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from glue.errors import GlueError, RunError
 from glue.family import Choice, families, marks
+from glue.find import files
 from glue.hub import locate
 from glue.identity import identify
 from glue.member import Member, Origin
@@ -46,6 +47,10 @@ def inputs(origin: Origin, zoo: Zoo) -> tuple[dict[str, list[Member]], list[Lost
     lost: list[Lost] = []
     for role, digests in origin.inputs.items():
         names = origin.names.get(role, digests)
+        if _how(origin, role) == "files":
+            one = _read(zoo, origin, role, *names, *digests)
+            (lost if isinstance(one, Lost) else found.setdefault(role, [])).append(one)  # type: ignore[arg-type]
+            continue
         for name, digest in zip(names, digests, strict=True):
             one = read.found(role, name, digest)
             if isinstance(one, Lost):
@@ -53,6 +58,23 @@ def inputs(origin: Origin, zoo: Zoo) -> tuple[dict[str, list[Member]], list[Lost
             else:
                 found.setdefault(role, []).append(one.named(name))
     return found, list(dict.fromkeys(lost))
+
+
+def _how(origin: Origin, role: str) -> str:
+    """How a recorded step takes what has this role; nothing where there is no such step any more."""
+    with suppress(GlueError, KeyError):
+        info = steps[origin.step.partition("/")[0]].parameters[role]
+        return next((mark.how for mark in marks(info) if isinstance(mark, Takes)), "")
+    return ""
+
+
+def _read(zoo: Zoo, origin: Origin, role: str, name: str, digest: str) -> Member | Lost:
+    """Files that a dataset was read from, where they are still what they were."""
+    try:
+        one = files(zoo, zoo.file.parent, name, origin.params.get("split"))
+    except GlueError as error:
+        return Lost(role, name, digest, "", f"it cannot be read: {error.what}")
+    return one if one.digest == digest else Lost(role, name, digest, one.digest, "its content has changed")
 
 
 class _Reader:
@@ -131,7 +153,7 @@ def bound(origin: Origin, members: Mapping[str, list[Member]], suite: str) -> tu
 def _resolved(how: str, told: Any, members: list[Member], suite: str) -> tuple[Any, Any]:
     """What a recipe would have said of a parameter that names members, and what the step is given."""
     names = [member.name for member in members]
-    if how == "one":
+    if how in ("one", "files"):
         return names[0], members[0]
     if how == "many":
         return names, members

@@ -47,7 +47,8 @@ def _line(step: Method) -> dict[str, Any]:
     shape["description"] = step.doc.split("\n\n")[0]
     if "members" in step.parameters:
         shape["properties"]["each"] = {"type": "string"}
-        shape["oneOf"] = [{"required": ["members"]}, {"required": ["each"]}]
+        either = [{"required": ["members"]}, {"required": ["each"]}]
+        shape |= {"oneOf": either} if step.parameters["members"].is_required() else {"not": {"allOf": either}}
     return shape
 
 

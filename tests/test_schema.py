@@ -35,6 +35,15 @@ def test_every_recipe_fits_the_schema(schema, file):
     assert [error.message for error in schema.iter_errors(read(file, RecipeError).value)] == []
 
 
+def test_members_may_be_left_out_of_a_step_that_has_players_of_another_kind(schema):
+    def fits(words: str) -> bool:
+        return schema.is_valid(parse(f"steps: [{{as: w, step: value, suite: 'tiny:dev', {words}}}]", "f",
+                                     RecipeError).value)
+
+    assert fits("of: fed") and fits("members: [a], base: b, merge: linear") and fits("each: a, base: root, merge: ties")
+    assert not fits("members: [a], each: a, base: b, merge: linear")
+
+
 @pytest.mark.parametrize("old, new", [
     ("seed: 1", "sead: 1"), ("seed: 1", "seed: -1"), ("seed: 1", "seed: true"), ("step: merge", "step: merg"),
     ("method:", "metod:"), ("greedy", "gredy"), ("coefficients", "coefs"), ("[0.5]", "gird"), ("[0.5]", "[0]"),

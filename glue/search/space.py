@@ -19,6 +19,10 @@ FEWEST = 2  # items of a task in a sample: one alone shows no spread
 Record = Callable[[Candidate, np.ndarray, np.ndarray], None]
 
 
+# how many players, the values of several subsets, how many subsets at most -> what each player is worth
+Shapley = Callable[[int, Callable[[Sequence[frozenset[int]]], Sequence[float]], int], Sequence[float]]
+
+
 class Evaluate(Protocol):
     """Results within 0..1 of each candidate, measured side by side: of all items, or of the items named for each.
 
@@ -85,6 +89,7 @@ class Space:
     parameters   other parameters of the merge method that a strategy may set, and whether each is set by member
     layers       of the members; 0 where layers cannot be told apart
     similarity   [n, n] of the members
+    shapley      computes what players are worth, see Shapley; only the order of that name asks it
     known        results [items] of a search that was cut off, NaN where there are none. They count as if they were
                  measured now, so that the search goes the same way, but are neither evaluated nor recorded again
     record       told (candidate, items, results) of whatever is evaluated, once
@@ -93,7 +98,7 @@ class Space:
     def __init__(self, names: Sequence[str], evaluate: Evaluate | Callable[[Sequence[Candidate]], Iterable[np.ndarray]],
                  tasks: np.ndarray | Sequence, *, rule: Rule, budget: int, neutral: Collection[str] = frozenset(),
                  item_budget: int | None = None, seed: int = 0, parameters: Mapping[str, bool] | None = None,
-                 layers: int = 0, similarity: np.ndarray | None = None,
+                 layers: int = 0, similarity: np.ndarray | None = None, shapley: Shapley | None = None,
                  known: Mapping[Candidate, np.ndarray] | None = None, record: Record | None = None):
         if budget < len(names):
             raise MethodError(f"a search with a budget of {budget} cannot measure its {len(names)} members once each",
@@ -109,6 +114,7 @@ class Space:
         self.names, self.rule, self.budget, self.left = tuple(names), rule, budget, budget
         self.items_left, self.seed = self.item_budget, seed
         self.parameters, self.layers, self.similarity = dict(parameters or {}), layers, similarity
+        self.shapley, self.size = shapley, len(self._all)
         self.others = tuple(name for name in names if rule == "interpolate" or name not in neutral)
         self.log: list[Row] = []
         self._evaluate, self._record = evaluate, record

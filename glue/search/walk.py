@@ -8,8 +8,9 @@ from typing import Literal
 from glue.errors import MethodError
 from glue.search.candidate import Candidate
 from glue.search.space import Space
+from glue.search.worth import by_worth
 
-Order = Literal["accuracy", "similarity", "dissimilarity", "given"]
+Order = Literal["accuracy", "similarity", "dissimilarity", "shapley", "given"]
 Choose = Callable[[Candidate, Sequence[Candidate], str], Candidate]  # incumbent, what is tried, what for -> the next
 ADDED = (0.2, 0.35, 0.5, 0.7, 0.9)
 KEPT = tuple(k / 10 for k in range(9, 0, -1))
@@ -20,7 +21,8 @@ def walk(space: Space, order: Order, sweeps: int, choose: Choose, *, coefficient
     """What the best single member has become when every other member has been tried.
 
     order         accuracy: best member first, by name where equal; given: as in the recipe; similarity, dissimilarity:
-                  in every round the member most or least similar to the incumbent, the better member where equal
+                  in every round the member most or least similar to the incumbent, the better member where equal;
+                  shapley: who adds most to plain merges of some of the others first
     sweeps        how often those that were refused are tried again
     choose        the incumbent if nothing that is tried convinces, also when the budget is spent
     coefficients  adding: weights of the next member, on top of the incumbent's. Else shares that the incumbent keeps;
@@ -32,7 +34,8 @@ def walk(space: Space, order: Order, sweeps: int, choose: Choose, *, coefficient
     if adding and first in space.others:  # a merge method may do better with less than all of it
         tried = [Candidate.merge({first: c}) for c in coefficients]
         incumbent = choose(incumbent, tried, f"how much of {first}")
-    queue = [name for name in (space.names if order == "given" else ranked) if name != first and name in space.others]
+    listed = {"given": lambda: space.names, "shapley": lambda: by_worth(space)}.get(order, lambda: ranked)()
+    queue = [name for name in listed if name != first and name in space.others]
     waiting, accepted = queue, 1
     for _ in range(sweeps):
         refused, left = set(), list(waiting)
@@ -86,7 +89,7 @@ def _next(space: Space, incumbent: Candidate, waiting: list[str], order: Order) 
     For one cosine of flat models of equal length this orders as the cosine to the merged model does, which the paper
     computes anew in every round.
     """
-    if order in ("accuracy", "given"):
+    if order in ("accuracy", "shapley", "given"):
         return waiting[0]
     if space.similarity is None:
         raise MethodError(f"a search in the order of {order} needs to know how similar its members are",

@@ -9,6 +9,7 @@ arrive resolved:
     OnSuite     `suite:split`; OnDev takes no test split,    -> Measured
                 OnAnySuite also tasks that lm-eval has
     OnConfig    a merge config of mergekit                   -> Configured
+    DataFiles   a file or folder that others have written    -> Member, which no zoo holds
 
 Traits: `makes` is the kind of member it leaves; `lone` lets a family of one pass through as it is; `named` says that
 names go into the result, so that they belong to its origin; `writes` says how large the result will be: as `one` of
@@ -113,22 +114,26 @@ if TYPE_CHECKING:  # what a step's function is given
     Tunable = Member
     Many = list[Member]
     ManyThatRun = list[Member]
+    Dataset = Member
     Datasets = list[Member]
     Shares = dict[Member, float]
     OnSuite = Measured
     OnAnySuite = Measured
     OnDev = Measured
     OnConfig = Configured
+    DataFiles = Member
 else:  # what a recipe says
     One = Annotated[str, Takes("one", MODELS)]
     Tunable = Annotated[str, Takes("one", ("model",))]
     Many = Annotated[list[Any], Takes("many", MODELS)]
     ManyThatRun = Annotated[list[Any], Takes("many", RUNS)]
+    Dataset = Annotated[str, Takes("one", ("dataset",))]
     Datasets = Annotated[list[Any], Takes("many", ("dataset",))]
     Shares = Annotated[dict[str, Positive], Takes("shares", ("dataset",))]
     OnSuite = Annotated[str, Takes("suite", ("dev", "test"))]
     OnAnySuite = Annotated[str, Takes("suite", ("dev", "test"), named=True)]
     OnConfig = Annotated[str, Takes("config", MODELS)]
+    DataFiles = Annotated[str, Takes("files")]
     OnDev = Annotated[str, Takes("suite", ("dev",))]  # for whatever chooses by what it measures
 
 

@@ -98,9 +98,9 @@ def measure(ground: Ground, candidate: Candidate, items: np.ndarray | None = Non
     from glue.evaluate.fast import score
     from glue.kinds import load
 
-    opened = _opened(ground)
-    running = opened.assembled(candidate) if candidate.merged else load(ground.member(candidate.names[0]))
-    results = score(running, opened.prepared(running, items))
+    held = opened(ground)
+    running = held.assembled(candidate) if candidate.merged else load(ground.member(candidate.names[0]))
+    results = score(running, held.prepared(running, items))
     return np.concatenate(list(results.values()))
 
 
@@ -147,7 +147,8 @@ def _some(asked: Mapping[str, list], items: np.ndarray) -> dict[str, list]:
 
 
 @lru_cache(maxsize=SEARCHES)
-def _opened(ground: Ground) -> Opened:
+def opened(ground: Ground) -> Opened:
+    """What this worker keeps of a search."""
     return Opened(ground)
 
 

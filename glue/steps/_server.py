@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from glue.workers import Report
 
 REPORTS = "reports"  # beside the spool: what was found out about each round
+Made = Callable[[float, Path], None]  # adds so much of what was combined to the parent, in a folder
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Server:
     bound    the largest update that is taken, in units of the norm of the base
     reports  folder for what is found out about each round
     counts   whether clients may have data that the server has not dealt out, so that they say how much themselves
+    weight   what updates are weighted by: examples, or what they are worth on the suite in that round
     """
 
     base: Member
@@ -61,6 +63,7 @@ class Server:
     workers: Workers
     seed: int
     counts: bool = False
+    weight: Literal["examples", "shapley"] = "examples"
 
     def __getstate__(self) -> dict[str, Any]:  # a server elsewhere works in its own process
         return {**self.__dict__, "workers": self.workers.threads}
@@ -72,6 +75,16 @@ class Server:
     def factors(self) -> bool:
         """Whether adapters are combined as adapters."""
         return self.choice.method.traits["space"] == "factors"
+
+    @property
+    def made(self) -> Literal["adapter", "model"]:
+        """The kind of what updates are combined to."""
+        return "adapter" if self.factors else "model"
+
+    @property
+    def sent(self) -> Literal["adapter", "model"]:
+        """The kind of an update."""
+        return "adapter" if self.kind == "lora" else "model"
 
     @property
     def revealed(self) -> str:
@@ -107,10 +120,10 @@ class Server:
 
     def changes(self, folder: Path, parent: State) -> Mapping[str, Change]:
         """What an update changes, matrix by matrix, read when it is asked for. Raises GlueError where it cannot be."""
-        below = source_of(self._member(parent)).weights  # type: ignore[union-attr]
+        below = source_of(self.member(parent)).weights  # type: ignore[union-attr]
         return _LoraChanges(folder, below) if self.kind == "lora" else _FullChanges(folder, below)
 
-    def _member(self, state: State) -> Member:
+    def member(self, state: State) -> Member:
         """A state as a member; the base where there is none yet."""
         if state.folder is None:
             return self.base
@@ -125,23 +138,47 @@ class Server:
 
         found = compare([update.client for update in updates],
                         [self.changes(update.folder, parent) for update in updates], self.base_norm).as_data()
-        choice = weighted(self.choice, {update.client: update.examples for update in updates})
-        merged = self._adapters if self.factors else self._models
-        told = {"round": round, "clients": [update.client for update in updates],
-                "examples": [update.examples for update in updates], "heterogeneity": found,
-                "combine": self.choice.spelled(), "targets": list(self.targets),
-                **merged(choice, updates, parent, out)}
+        shares, told = {update.client: float(update.examples) for update in updates}, dict[str, Any]()
+        if self.weight == "shapley":
+            from glue.steps._games import shares_by_worth
+
+            shares, told["weight"] = shares_by_worth(self, round, updates, parent)
+        counted = [update for update in updates if shares[update.client] > 0]
+        delta = out / ".delta"
+        made = self._combined(weighted(self.choice, {update.client: shares[update.client] for update in counted}),
+                              counted, parent, delta)
+        if self.factors:
+            told["aggregation_error"] = self._away(delta, counted, [shares[update.client] for update in counted])
+        told |= {"round": round, "clients": [update.client for update in updates],
+                 "examples": [update.examples for update in updates], "heterogeneity": found,
+                 "combine": self.choice.spelled(), "targets": list(self.targets),
+                 "server_scale": self._scaled(made, out, self.made, drop=delta)}
         self.reports.mkdir(exist_ok=True)
         write_aside(self.reports / f"{round}.json", canonical(told))
         return identify(out)[1]
 
-    def _adapters(self, choice: Choice, updates: Sequence[Update], parent: State, out: Path) -> dict[str, Any]:
+    def fold(self, updates: Sequence[Update], parent: State, out: Path) -> Member:
+        """What these updates alone would make of their parent, weighted by examples, all of it added; in `out`."""
+        delta = out / ".delta"
+        choice = weighted(self.choice, {update.client: update.examples for update in updates})
+        self._combined(choice, updates, parent, delta)(1.0, out)
+        return Member("fold", self.made, str(out), base=self.base, digest=str(out))
+
+    def _combined(self, choice: Choice, updates: Sequence[Update], parent: State, delta: Path) -> Made:
+        """Combine updates into the folder `delta`."""
+        delta.parent.mkdir(parents=True, exist_ok=True)
+        return (self._adapters if self.factors else self._models)(choice, updates, parent, delta)
+
+    def _away(self, delta: Path, updates: Sequence[Update], shares: Sequence[float]) -> float:
         from glue.kinds.lora import Adapter
         from glue.merge import adapters
 
-        delta, some = out / ".delta", [adapters.Update(update.client, Adapter(update.folder)) for update in updates]
-        adapters.combine(choice, some, delta, base=str(locate(self.base.path)))
-        away = adapters.away(Adapter(delta), some, [update.examples for update in updates])
+        return adapters.away(Adapter(delta), _adapters_of(updates), shares)
+
+    def _adapters(self, choice: Choice, updates: Sequence[Update], parent: State, delta: Path) -> Made:
+        from glue.merge import adapters
+
+        adapters.combine(choice, _adapters_of(updates), delta, base=str(locate(self.base.path)))
 
         def made(scale: float, place: Path) -> None:
             before = [(parent.folder, 1.0)] if parent.folder else []
@@ -150,37 +187,35 @@ class Server:
             else:
                 linked(delta, place)
 
-        return {"aggregation_error": away, "server_scale": self._scaled(made, out, "adapter", drop=delta)}
+        return made
 
-    def _models(self, choice: Choice, updates: Sequence[Update], parent: State, out: Path) -> dict[str, Any]:
+    def _models(self, choice: Choice, updates: Sequence[Update], parent: State, delta: Path) -> Made:
         from glue.family import families
         from glue.merge.engine import prepared
         from glue.merge.leaf import Source
 
-        below = self._member(parent)
+        below = self.member(parent)
         start = source_of(below)
         assert start is not None
         sources = [Source(update.client, self._weights(update, below)) for update in updates]
-        whole = out / ".delta"
-        spread(prepared(choice, sources, start, seed=self.seed), whole, self.workers)
+        spread(prepared(choice, sources, start, seed=self.seed), delta, self.workers)
 
         def made(scale: float, place: Path) -> None:
             if scale == 1.0:
-                linked(whole, place)
+                linked(delta, place)
             else:
                 from glue.checkpoint import Checkpoint
 
                 some = families("merging").choose({"task_arithmetic": {"weight": scale}})
-                spread(prepared(some, [Source("all", Checkpoint(whole))], start), place, self.workers)
+                spread(prepared(some, [Source("all", Checkpoint(delta))], start), place, self.workers)
             self.workers.call("glue.kinds.frame:copy_frame", self.base, place)
 
-        return {"server_scale": self._scaled(made, out, "model", drop=whole)}
+        return made
 
     def _weights(self, update: Update, below: Member) -> Weights:
         from glue.kinds import weights
 
-        kind = "adapter" if self.kind == "lora" else "model"
-        return weights(Member(update.client, kind, str(update.folder), base=below))
+        return weights(Member(update.client, self.sent, str(update.folder), base=below))
 
     def about(self) -> Any:
         """What adapters over the base say of themselves."""
@@ -233,7 +268,14 @@ def measured(member: Member, suite: Measured) -> float:
     return float(np.mean([results.mean() for results in suite.ask(load(member)).values()]))
 
 
-def weighted(choice: Choice, examples: Mapping[str, int]) -> Choice:
+def _adapters_of(updates: Sequence[Update]) -> list[Any]:
+    from glue.kinds.lora import Adapter
+    from glue.merge.adapters import Update
+
+    return [Update(update.client, Adapter(update.folder)) for update in updates]
+
+
+def weighted(choice: Choice, examples: Mapping[str, float]) -> Choice:
     """The choice with each member's share of all examples as its weight, times what the recipe says, if any."""
     from glue.family import is_per_member
 

@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 LEDGER, ROUNDS, SPOOL = "ledger.json", "rounds.json", "federation"
 CLIENTS, LATE = "clients", "late"  # folders of what each client sent in the last round, where they are kept
 Runtime = Literal["here", "ray", "superlink"]
+Weight = Literal["examples", "shapley"]
 
 
 def federable(kind: str, targets: list[str], combine: Choice, start: str, partition: Partition, clients: Any,
               server_scale: Any, suite: Any, rank: Any, rounds: int, register_clients: bool,
-              privacy: dict[str, float] | None, **_: Any) -> None:
+              privacy: dict[str, float] | None, weight: str, **_: Any) -> None:
     """Words that do not go together."""
     factors = combine.method.traits["space"] == "factors"
     check_partition(partition)
@@ -44,6 +45,8 @@ def federable(kind: str, targets: list[str], combine: Choice, start: str, partit
     if isinstance(server_scale, list) and suite is None:
         raise RecipeError("several values of server_scale are compared on dev items",
                           fix="add  suite: NAME:dev, or give one number")
+    if weight == "shapley":
+        _check_weight(combine, suite)
     if register_clients and kind == "lora" and not factors and rounds > 1:
         raise MethodError(f"after {rounds} rounds of '{combine.method.name}' a client's adapter sits on a model that "
                           f"is not kept", fix="leave register_clients out, or combine with flora")
@@ -56,6 +59,16 @@ def federable(kind: str, targets: list[str], combine: Choice, start: str, partit
             raise RecipeError(f"'{name}' cannot be the name of a client: {NAME_RULE}")
     if len(set(named)) < len(named) and not given:
         raise RecipeError("two clients have one name", fix="rename one")
+
+
+def _check_weight(combine: Choice, suite: Any) -> None:
+    from glue.steps._games import takes_weights
+
+    if suite is None:
+        raise RecipeError("what an update is worth is measured on dev items", fix="add  suite: NAME:dev")
+    if not takes_weights(combine):
+        raise MethodError(f"merge method '{combine.method.name}' takes no weight for each member, so nothing can be "
+                          f"weighted", fix="leave weight out, or combine with flora, linear or ties")
 
 
 def _check_privacy(privacy: dict[str, float], kind: str) -> None:
@@ -87,9 +100,9 @@ def federate(job: Job, *, base: Tunable, data: Shares, clients: Count | list[str
              weight_decay: NonNegative = 0.0, prompt_weight: NonNegative = 0.05, rank: Count | dict[str, Count] = 8,
              alpha: Positive | None = None, targets: list[str] = [], start: Start = "own",  # noqa: B006
              combine: Annotated[Any, Of("merging")] = "flora", server_scale: NonNegative | list[NonNegative] = 1.0,
-             suite: OnDev | None = None, quorum: Share = 1.0, deadline: Positive | None = None,
-             patience: NonNegative = 0.0, per_round: Count | None = None, norm_bound: Positive = 2.0,
-             privacy: dict[str, NonNegative] | None = None, register_clients: bool = False,
+             weight: Weight = "examples", suite: OnDev | None = None, quorum: Share = 1.0,
+             deadline: Positive | None = None, patience: NonNegative = 0.0, per_round: Count | None = None,
+             norm_bound: Positive = 2.0, privacy: dict[str, NonNegative] | None = None, register_clients: bool = False,
              runtime: Runtime = "here") -> Made:
     """An adapter, or a model, out of what clients learn: each round they train, and what they learnt is combined.
 
@@ -99,8 +112,11 @@ def federate(job: Job, *, base: Tunable, data: Shares, clients: Count | list[str
     steps         of each client in each round
     rank, alpha   of the adapters, one for all or by client; alpha is twice the rank unless given
     start         of A: each client its own, all the same, or all the same and not trained
-    combine       a merge method over what came; weights are how many examples a client has
+    combine       a merge method over what came
     server_scale  of what a round adds; of several, the best on the suite in each round
+    weight        of updates: examples, as many as a client has; shapley: what an update is worth on the suite in that
+                  round, among those that came. Who is worth nothing is left out; where nobody is worth anything,
+                  examples count. Whatever the recipe says of the merge method's weight is multiplied
     quorum        share of the clients without which a round fails; deadline, in seconds, after which it is enough
     patience      seconds after the last round in which late updates are still kept
     per_round     how many clients are asked in a round
@@ -127,12 +143,13 @@ def federate(job: Job, *, base: Tunable, data: Shares, clients: Count | list[str
             "prompt_weight": prompt_weight}, privacy)
         scales = tuple(server_scale) if isinstance(server_scale, list) else (server_scale,)
         server = Server(base, kind, told, targets, combine, scales, suite, norm_bound, spool / REPORTS, job.workers,
-                        job.seed, counts=runtime == "superlink")
+                        job.seed, counts=runtime == "superlink", weight=weight)
         terms = Terms(rounds, quorum, deadline, per_round, patience, job.seed)
         federation = Federation(Spool(spool), asking, terms, server)
         _leave(job, _run(job, federation, runtime), federation, keep=register_clients)
     shutil.rmtree(spool, ignore_errors=True)
-    seen = frozenset(suite.digests().values()) if suite and isinstance(server_scale, list) else frozenset()
+    chose = isinstance(server_scale, list) or weight == "shapley"
+    seen = frozenset(suite.digests().values()) if suite and chose else frozenset()
     return Made(_kind(combine, kind), base=base, seen=seen, note=_note(done, base))
 
 
@@ -190,8 +207,10 @@ def _note(rounds: Path, base: Member) -> str:
     came = {client for one in told for client in one["clients"]}
     off = [one["aggregation_error"] for one in told if "aggregation_error" in one]
     first = told[0]["heterogeneity"]
+    by = {one["weight"]["by"] for one in told if "weight" in one}
     return (f"{base.short} taught by {len(came)} client{'s' * (len(came) > 1)} in {len(told)} "
             f"round{'s' * (len(told) > 1)}; " + f"aggregation off by {max(off, default=0):.2g}; " * bool(off) +
+            f"weighted by {' and '.join(sorted(by))}; " * bool(by) +
             f"largest change {max(first['tau']):.2g} of the base: {first['advice']}")
 
 

@@ -20,10 +20,13 @@ from glue.steps.federate import CLIENTS, LATE, LEDGER, ROUNDS
 def foldable(of: Member, without: list[str], late: bool, **_: Any) -> None:
     """One round, whose updates are still there, and names that are among them."""
     kept(of)
-    rounds = len(json.loads((of.folder / ROUNDS).read_text()))  # there wherever clients are
-    if rounds > 1:
-        raise ZooError(f"'{of.name}' took {rounds} rounds, and later ones began with what everybody sent in the first",
-                       fix="federate again without that client")
+    rounds = json.loads((of.folder / ROUNDS).read_text())  # there wherever clients are
+    if "weight" in rounds[0]:
+        raise ZooError(f"'{of.name}' weighted its clients by what they are worth beside each other",
+                       fix="federate again without that client, or weight by examples")
+    if len(rounds) > 1:
+        raise ZooError(f"'{of.name}' took {len(rounds)} rounds, and later ones began with what everybody sent in the "
+                       f"first", fix="federate again without that client")
     names = _folders(of, late)
     for name in without:
         if name not in names:

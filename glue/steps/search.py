@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from glue.steps._candidates import Ground
 from glue.steps.merge import compatible, spread
 
 if TYPE_CHECKING:
+    from glue.refine.shapley import Value
     from glue.search.candidate import Candidate
     from glue.search.space import Found, Space
 
@@ -138,7 +140,15 @@ def _space(job: Job, ground: Ground, journal: Journal, budget: int, answers: int
            for word, info in ground.merge.method.parameters.items() if word != "weight"}
     return Space([member.name for member in members], evaluate, np.repeat(np.arange(len(sizes)), sizes), rule=rule,
                  budget=budget, item_budget=answers, neutral=frozenset(neutral if rule == "add" else ()), seed=job.seed,
-                 parameters=own, layers=ground.layers, similarity=similarity, known=known)
+                 parameters=own, layers=ground.layers, similarity=similarity, known=known,
+                 shapley=partial(_worth, job.seed))
+
+
+def _worth(seed: int, n: int, value: Value, most: int) -> list[float]:
+    """What each of n players is worth, by all subsets or by as many orders as may be asked."""
+    from glue.refine.shapley import shapley
+
+    return shapley(n, value, most=most, chains=most, seed=seed).mean.tolist()
 
 
 def _similarity(job: Job, members: list[Member], strategy: Choice) -> np.ndarray | None:

@@ -24,10 +24,11 @@ class Item(NamedTuple):
 def read_pairs(folder: Path) -> list[tuple[str, str]]:
     """Question and answer of every train item of a dataset folder. Raises GlueError where there are none."""
     file = folder / "train.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    if not lines:
+    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []  # U+2028 may stand inside a question
+    told = [json.loads(line) for line in lines if line]
+    if not told:
         raise GlueError(f"{file} holds no items to train on", fix="make the dataset with  train: 1  or more")
-    return [(line["question"], line["answer"]) for line in lines]
+    return [(line["question"], line["answer"]) for line in told]
 
 
 def read_items(folder: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Item]:

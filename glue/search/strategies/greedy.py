@@ -24,7 +24,8 @@ def greedy(space: Space, *, order: Order = "accuracy",
 
     order         accuracy: best member first, by name where equal; given: as in the recipe, after the best;
                   similarity, dissimilarity: the member most or least similar to the incumbent, found anew each time
-                  from its flat weights
+                  from its flat weights; shapley: who adds most to plain merges of some of the others first, for at
+                  most half of the budget
     coefficients  rule add: the weight of the member that is added, .2 to .9 by default. Rule interpolate: the share
                   that the incumbent keeps, .1 to .9 by default; average: the running average of all that were kept
     min_gain      paired standard errors by which a candidate must be ahead; 2: its 95 % interval lies above 0. With 0

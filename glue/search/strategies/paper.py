@@ -18,7 +18,8 @@ from glue.search.walk import KEPT, Order, kept, walk
 def paper(space: Space, *, order: Order = "accuracy", coefficients: Literal["grid", "average"] = "grid") -> Found:
     """Start from the best member; interpolate with each next one, once; keep what is not behind.
 
-    order         accuracy, the paper's default; similarity or dissimilarity to the incumbent, in every round anew
+    order         accuracy, the paper's default; similarity or dissimilarity to the incumbent, in every round anew; or
+                  as in greedy
     coefficients  grid: the incumbent keeps .1 to .9, the larger where equal; average: the running average of what
                   was kept
 
