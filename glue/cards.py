@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from glue.plan import Plan, Task
 
 # kind -> the package that loads it, where it is not transformers
-LOADS = {"adapter": "peft", "dataset": "", "seed_history": "glue", "tensor_train": "glue"}
+LOADS = {"adapter": "peft", "dataset": "", "seed_history": "glue", "tensor_train": "glue", "proxy": "glue",
+         "prompt": "peft"}
 FACTS = ("revision", "digest", "licence")
 DATA = ("dataset", "table")
 Terms = Mapping[str, tuple[str, ...]]  # name of a member -> its licences
@@ -36,12 +37,16 @@ SAID: Mapping[str, tuple[str, str, str, tuple[str, ...]]] = {
     "lora": ("adapter", "Tuning", "A LoRA adapter over a language model", ("lora",)),
     "extract": ("adapter", "Extraction", "What a language model changes of its base, as a LoRA adapter", ("lora",)),
     "kseed": ("finetune", "Tuning", "A language model tuned without gradients, as the history of its seeds", ()),
+    "bpt": ("adapter", "Tuning", "A soft prompt over a language model, searched by clients with forward passes alone",
+            ("prompt-tuning", "federated")),
     "tensor_train": ("adapter", "Conversion", "Changes of a language model, as tensor trains", ()),
     "tt_lora": ("adapter", "Tuning", "An adapter of tensor trains over a language model", ()),
     "federate": ("finetune", "Federation", "What clients that keep their data taught a language model together",
                  ("federated",)),
     "refold": ("finetune", "Federation", "What clients that keep their data taught a language model together",
                ("federated",)),
+    "proxy": ("", "Steering", "A large language model steered by what tuning has changed in a small one", ()),
+    "distill": ("finetune", "Distillation", "A language model taught to say what another one says", ("distillation",)),
     "pretrain": ("", "Training", "A language model trained from nothing", ()),
     "mergekit": ("merge", "Merge", "A merge of pre-trained language models", ("mergekit", "merge")),
     "import": ("", "Import", "Questions and answers that others have written", ()),

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from glue.cli_federate import federate_app
+from glue.cli_serve import serve
 from glue.cli_zoo import HERE, Json, Quiet, ZooFile, opened, zoo_app
 from glue.errors import GlueError
 
@@ -21,6 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="Cluster, merge, mix and measure a zoo of language models, from YAML recipes.")
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(federate_app, name="federate")
+app.command()(serve)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")]
 Seed = Annotated[int | None, typer.Option(help="Replaces the recipe's seed.")]
@@ -64,6 +66,7 @@ def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
     from glue.run import run as make
     from glue.show.boards import print_board, write_boards
     from glue.show.terminal import progress
+    from glue.show.traffic import print_tables
 
     seeds = read_recipe(recipe).full_seeds if full else (seed,)
     if not seeds:
@@ -75,6 +78,8 @@ def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
             plans.append(make(read, found, pool, watcher))
         if read.board:
             print_board(leaderboard(plans[-1]), as_json)
+        if not as_json:
+            print_tables(plans[-1])
     if full and plans[0].recipe.board:
         print(f"written to {write_boards(plans)}", file=sys.stderr)
 
@@ -136,6 +141,7 @@ def board(recipe: Annotated[Path | None, typer.Argument(help="A recipe that has 
     from glue.report.html import page, report
     from glue.report.markdown import markdown as lines
     from glue.show.boards import print_board
+    from glue.show.traffic import print_tables
 
     if (recipe is None) == (not suite):
         raise GlueError("a board is of a recipe or of a suite",
@@ -144,6 +150,8 @@ def board(recipe: Annotated[Path | None, typer.Argument(help="A recipe that has 
     plan = make_plan(read_recipe(recipe, seed=seed), found) if recipe else None
     shown = leaderboard(plan) if plan else of_suite(found, suite)
     print_board(shown, as_json)
+    if plan and not as_json:
+        print_tables(plan)
     if markdown:
         write_aside(markdown, "\n".join(lines(shown)) + "\n")
     if html:
@@ -230,12 +238,27 @@ def push(member: str, repository: Annotated[str, typer.Argument(help="owner/name
 @app.command()
 def generate(member: str, prompt: Annotated[str, typer.Option(help="What it goes on from.")], zoo: ZooFile = HERE,
              tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 32,
+             draft: Annotated[str, typer.Option(help="Of a proxy: tokens that its small model writes ahead, or auto.")]
+             = "", top_k: Annotated[int, typer.Option(min=0, help="With --draft: tokens that the large model tells of "
+                                                                  "a place; 0: all.")] = 0,
+             extra: Annotated[int, typer.Option(min=0, help="With --top-k: tokens that the device names.")] = 0,
+             bits: Annotated[int, typer.Option(help="With --draft: of each log-probability, 32, 16 or 8.")] = 16,
              device: str = "cpu") -> None:
-    """Let a member continue a prompt, greedily."""
+    """Let a member continue a prompt, greedily. With --draft a proxy asks its large model once for several tokens."""
     from glue.kinds import load
     from glue.kinds.text import continued
+    from glue.steps._device import Way, drafting
 
-    print(continued(load(opened(zoo)[member], device=device), prompt, tokens))
+    found = opened(zoo)[member]
+    if not draft:
+        print(continued(load(found, device=device), prompt, tokens))
+        return
+    way = Way.of({"draft": int(draft) if draft.isdigit() else draft, "top_k": top_k, "extra": extra, "bits": bits})
+    text, done = drafting(found, way, device=device).write(prompt, tokens)
+    print(text)
+    told = done.ledger
+    print(f"{told.written} tokens in {told.calls} calls of the large model, {told.acceptance:.0%} of judged drafts "
+          f"stayed; whoever runs it could read: {told.revealed}", file=sys.stderr)
 
 
 @app.command()

@@ -118,6 +118,47 @@ def routes(table: Annotated[str, typer.Argument(help="What a routing step has le
     print_routes(reports, as_json)
 
 
+@zoo_app.command()
+def traffic(table: Annotated[str, typer.Argument(help="What a traffic step has left.")], zoo: ZooFile = HERE,
+            as_json: Json = False) -> None:
+    """Show what each way of asking a black box sends, is sent, and scores."""
+    from glue.report.traffic import read
+    from glue.show.traffic import print_traffic
+
+    print_traffic(read(opened(zoo)[table]), as_json)
+
+
+@zoo_app.command()
+def values(table: Annotated[str, typer.Argument(help="What a value step has left.")], zoo: ZooFile = HERE,
+           as_json: Json = False) -> None:
+    """Show what each client or member is worth, with intervals."""
+    from glue.report.values import read
+    from glue.show.values import print_values
+
+    print_values(read(opened(zoo)[table]), as_json)
+
+
+@zoo_app.command("connect")
+def zoo_connect(url: Annotated[str, typer.Argument(help="Of a server: http://127.0.0.1:8000.")],
+                name: Annotated[str, typer.Option(help="What it shall be called here.")],
+                tokenizer: Annotated[str, typer.Option(help="A member that has the tokenizer of what is served.")],
+                model: Annotated[str, typer.Option(help="As the server calls it, if it serves several.")] = "",
+                protocol: Annotated[str, typer.Option(help="glue: glue serve; openai: any other.")] = "glue",
+                key: Annotated[str, typer.Option(help="The environment variable that holds the API key.")] = "",
+                zoo: ZooFile = HERE) -> None:
+    """Make a member of a model that runs somewhere else: it evaluates, writes, and can be the base of a proxy."""
+    from glue.care import added
+    from glue.kinds.endpoint import connect
+
+    found = opened(zoo)
+    folder = found.folder / "endpoints" / name
+    told = connect(folder, url, tokenizer=found[tokenizer], model=model, protocol=protocol,  # type: ignore[arg-type]
+                   key=key)
+    member = added(found, str(folder), name, "endpoint", None, set(), "")
+    print(f"added {member.name}: '{told.model}' at {told.url} tells {told.tells.replace('_', ' ')} of "
+          f"{told.vocab_size} tokens")
+
+
 @zoo_app.command("lineage")
 def zoo_lineage(member: str, data: Annotated[bool, typer.Option("--data", help="Datasets too.")] = False,
                 zoo: ZooFile = HERE, as_json: Json = False) -> None:

@@ -84,8 +84,12 @@ class Finder:
             name, found = outcome
             return found.member or Pending((name,), found.kind)
         for name, found in self.outcomes.items():
-            if found.kind == "group" and found.member is None and self._full(word, recipe, name):
-                return Pending((name,), found.of or "model")
+            if found.kind == "group" and self._full(word, recipe, name):
+                if found.member is None:
+                    return Pending((name,), found.of or "model")
+                for part in (member for item in found.member.elements for member in item.members):
+                    if part.name in (word, f"{recipe}/{word}"):  # and not one that another seed has left under its name
+                        return part
         if word in self.zoo or "@" in word:
             return self.zoo[word]
         later = [other.name for other in self.recipe.lines if other.name == word]

@@ -25,7 +25,7 @@ COUNTED = ("config.json", "adapter_config.json", "seed_history.json", "generatio
            "added_tokens.json", "chat_template.jinja", "*.jsonl", "*.parquet", "elements.json")
 WEIGHTS = ("*.safetensors", INDEX, "*.bin", "*.pt", "*.pth", "*.gguf")  # all but the first two are refused when read
 JSON_LIMIT, BLOCK = 200_000_000, 1 << 20  # bytes: of one JSON file; of other files, read at once
-EXPERTS = "experts/*"  # below the folder of a mixture by text: models like any other
+PARTS = ("experts/*", "pair/*")  # below the folder of a mixture by text, or of a proxy: models like any other
 UNCOUNTED_KEYS = ("_name_or_path", "base_model_name_or_path", "name_or_path", "transformers_version", "peft_version")
 
 
@@ -81,7 +81,7 @@ def _note(known: Path, key: str, signature: list[list[Any]], fingerprint: str, d
 def _files(folder: Path) -> list[Path]:
     if folder.is_file():
         return [folder]
-    places = [folder, *(place for place in folder.glob(EXPERTS) if not place.name.startswith("."))]
+    places = [folder, *(place for part in PARTS for place in folder.glob(part) if not place.name.startswith("."))]
     found = {file for place in places for pattern in (*COUNTED, *WEIGHTS) for file in place.glob(pattern)
              if file.is_file() or file.is_symlink()}
     return sorted(file for file in found if not file.name.startswith("."))

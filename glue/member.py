@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER_NOTE = "glue.json"  # the file in a product's folder that says what it is and how it came about
-CHANGES = ("adapter", "seed_history", "tensor_train")  # kinds that say only what is changed of their base
+IN_WEIGHTS = ("adapter", "seed_history", "tensor_train")  # kinds that say only how their base's weights are changed
+CHANGES = (*IN_WEIGHTS, "prompt", "proxy")  # and those that leave these as they are, and change what the base says
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ class Element:
 class Member:
     """One thing in the zoo. Never changes once added.
 
-    kind         model, adapter, seed_history, tensor_train, mixture, dataset, table or group (those that run have a
-                 module in glue/kinds)
+    kind         model, adapter, seed_history, tensor_train, prompt, proxy, mixture, endpoint, dataset, table or group
+                 (those that run have a module in glue/kinds)
     path         a folder, or hub:owner/name@revision
     base         the member it derives from: what a change sits on, what a model was tuned or merged from
     fingerprint  fast identity: headers and samples           digest  every byte that counts

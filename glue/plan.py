@@ -135,7 +135,8 @@ class _Planner:
                 params["members"] = [{"each": line.each}]
             choice = method.bind(params)
             makes = _makes(choice)
-            outcome = Outcome(None, "group" if line.each else makes, frozenset(line.tags), of=makes)
+            outcome = Outcome(None, "group" if line.each else makes, frozenset(line.tags),
+                              of=makes if line.each else "unknown")
             if "words" in method.traits:
                 method.traits["words"](**choice.params)
             self._expand(line, method, choice)

@@ -26,7 +26,8 @@ from glue.private import Places, paths
 from glue.zoo import Zoo
 
 KINDS: Mapping[str, Repository] = {"model": "model", "adapter": "model", "seed_history": "model",
-                                   "tensor_train": "model", "mixture": "model", "dataset": "dataset"}
+                                   "tensor_train": "model", "prompt": "model", "proxy": "model",
+                                   "mixture": "model", "dataset": "dataset"}
 PICKLED = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 TEXT = {".md", ".txt", ".json", ".yml", ".yaml", ".toml", ".csv", ".html"}  # of them, what is no part of the member
 CODE = {".py", ".sh", ".jinja"}

@@ -144,8 +144,8 @@ def _located(lost: list[Lost], note: Mapping[str, Any]) -> Iterator[Lost]:
 def _now(folder: Path, note: Mapping[str, Any], found: Mapping[str, list[Member]], zoo: Zoo) -> str:
     """The digest of a product's folder as it is now; nothing where it cannot be read."""
     try:
-        base = next((one if role == "base" else one.base  # adapters that are merged know what they sit on
-                     for role in ("base", "of", "members") for one in found.get(role, [])), None)
+        base = next((one if role in ("base", "large") else one.base  # adapters that are merged know what they sit on
+                     for role in ("base", "large", "of", "members") for one in found.get(role, [])), None)
         if note["kind"] in CHANGES and base is None:
             return ""  # its digest is that of both
         return zoo.with_base(Member(note["name"], note["kind"], str(folder), base=base,

@@ -52,12 +52,15 @@ steps:
   - {as: extracted, step: extract, model: two, base: one, rank: 2}
   - {as: stacked, step: merge, members: [lora, extracted], method: {flora: {weight: {lora: 2, extracted: 1}}}}
   - {as: over, step: merge, members: [lora, two], method: linear}
+  - {as: steered, step: proxy, large: three, tuned: lora, alpha: [0.5, 1], suite: words:dev}
+  - {as: distilled, step: distill, teacher: steered, student: two, data: {low: 1}, steps: 3, learning_rate: 0.01,
+     batch_size: 4}
   - {as: families, step: cluster, members: [one, two, ties], threshold: 0.5}
   - {as: summed, step: merge, each: families, method: linear}
   - {as: scored, step: evaluate, members: [one, over], suite: words:test}
 """
 MADE = ("linear", "ties", "dare", "config", "searched", "best", "model", "ffn", "text", "lora", "extracted", "stacked",
-        "over", "families", "scored")
+        "over", "steered", "distilled", "families", "scored")
 
 
 def model_folder(folder: Path, seed: int) -> LlamaForCausalLM:
@@ -288,7 +291,8 @@ def test_every_product_that_runs_has_a_card_and_a_note_of_its_inputs(place):
         note = json.loads((folder / FOLDER_NOTE).read_text())
         assert [one["digest"] for one in note["inputs"]] and all(one["roles"] for one in note["inputs"])
         assert set(ModelCard.load(folder / "README.md").data.base_model) <= {"base", "one", "two", "three", "tiny/ties",
-                                                                            "tiny/lora", "tiny/extracted"}
+                                                                            "tiny/lora", "tiny/extracted",
+                                                                            "tiny/steered"}
 
 
 def test_a_table_notes_what_each_task_was_and_how_it_was_asked(place):

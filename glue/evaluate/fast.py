@@ -281,7 +281,9 @@ class _Reader:
         if "past_key_values" not in inspect.signature(self.model.forward).parameters:
             return False
         cache: Any = getattr(self.model(self._put([[0]]), use_cache=True), "past_key_values", None)
-        return type(cache).__name__ == "DynamicCache" and {type(x).__name__ for x in cache.layers} == {"DynamicLayer"}
+        parts = cache.slots if type(cache).__name__ == "ProxyCache" else [cache]
+        return all(type(part).__name__ in ("DynamicCache", "PromptCache")
+                   and {type(x).__name__ for x in part.layers} == {"DynamicLayer"} for part in parts)
 
     def _seen(self, row: _Row) -> Ids:
         """What of context + tail the model can see: its last tokens, and room left for what it may write."""

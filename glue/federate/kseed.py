@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from glue.errors import RunError
+from glue.federate.exchange import Ask, Report, exchanged
 from glue.federate.rounds import Terms
 from glue.federate.spool import Spool
 from glue.federate.update import Refused
@@ -30,8 +30,6 @@ HEAD = struct.Struct("<4sHHIII16s")  # word, version, form, round, K, steps, dig
 WORD, VERSION = b"seed", 1
 STATE, SUMS, STEPS, DRAWN = range(4)  # forms: sums of all; sums of a client; its slopes; STATE with drawn directions
 FILE = "state.safetensors"
-Ask = Callable[[int, Mapping[str, bytes]], Iterator[tuple[str, bytes | str]]]  # round, client -> what it is sent
-Report = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -161,7 +159,7 @@ def run(clients: Mapping[str, int], terms: Terms, agreed: Agreed, spool: Spool, 
     """All rounds that are not done; every reply is kept in the spool, so that nobody who has answered is asked again.
 
     clients  name -> examples, which is its weight
-    ask      may give a reply, or in its place the error of a client, as text
+    ask      see `exchanged`
     Raises RunError where too few answer.
     """
     gone = Gone.nowhere(agreed.seeds)
@@ -169,43 +167,13 @@ def run(clients: Mapping[str, int], terms: Terms, agreed: Agreed, spool: Spool, 
         if round not in spool.closed():
             asked = terms.asked(round, list(clients))
             messages = {client: told_state(agreed, gone, round, client) for client in asked}
-            replies = _collected(round, messages, clients, terms, agreed, spool, ask, report)
+            replies = exchanged(round, messages, clients, terms, spool, ask=ask, report=report,
+                                hear=lambda reply, sent, client: heard_reply(reply, sent, agreed, client))
             gone = combined(gone, replies, clients)
             _write(gone, spool.draft(round))
             spool.close(round, list(replies), gone.digest.hex())
         gone = _read(spool.state(round))
     return gone
-
-
-def _collected(round: int, messages: Mapping[str, bytes], clients: Mapping[str, int], terms: Terms, agreed: Agreed,
-               spool: Spool, ask: Ask, report: Report) -> dict[str, tuple[np.ndarray, Gone]]:
-    kept = spool.folder / "replies"
-    kept.mkdir(exist_ok=True)
-    found = {client: heard_reply(file.read_bytes(), message, agreed, client) for client, message in messages.items()
-             if (file := kept / f"{round}-{client}").is_file()}
-    missing = {client: message for client, message in messages.items() if client not in found}
-    for client, message in missing.items():
-        spool.note("sent", round=round, client=client, bytes=len(message))
-    reasons: dict[str, str] = {}
-    for client, reply in ask(round, missing) if missing else ():
-        if isinstance(reply, str):
-            reasons[client] = reply
-            spool.note("failed", round=round, client=client, reason=reply)
-            continue
-        try:
-            found[client] = heard_reply(reply, messages[client], agreed, client)
-            write_aside(kept / f"{round}-{client}", reply)
-            spool.note("update", round=round, client=client, bytes=len(reply), examples=clients[client])
-        except Refused as refused:
-            reasons[client] = refused.what
-            spool.note("refused", round=round, client=client, bytes=len(reply), reason=refused.what)
-        report((round - 1) * len(messages) + len(found), terms.rounds * len(messages),
-               f"round {round}: {len(found)} of {len(messages)} clients")
-    if len(found) < (needed := terms.needed(len(messages))):
-        told = "".join(f"; {client}: {why}" for client, why in sorted(reasons.items()))
-        raise RunError(f"round {round} has {len(found)} usable replies of {len(messages)} and needs {needed}{told}",
-                       fix="run again, which asks only those who are missing; or lower quorum")
-    return found
 
 
 def _write(gone: Gone, folder: Path) -> None:

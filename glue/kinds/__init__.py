@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from glue.checkpoint import Weights
 from glue.errors import ZooError
 from glue.family import Family, Method
-from glue.member import Member
+from glue.member import Member, with_article
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,12 +63,12 @@ def weights(member: Member) -> Weights:
     lacking = "it has no weights that could be compared or merged"
     method = _kind(member, lacking, "name models and adapters")
     if "weights" not in method.traits:
-        raise ZooError(f"'{member.name}' is a {member.kind}; {lacking}", fix="name models and adapters")
+        raise ZooError(f"'{member.name}' is {with_article(member.kind)}; {lacking}", fix="name models and adapters")
     return method.traits["weights"](member)
 
 
 def _kind(member: Member, lacking: str, fix: str) -> Method:
     """What is registered for the kind of a member; datasets, tables and groups have nothing that runs."""
     if member.kind not in {method.name for method in kinds}:
-        raise ZooError(f"'{member.name}' is a {member.kind}; {lacking}", fix=fix)
+        raise ZooError(f"'{member.name}' is {with_article(member.kind)}; {lacking}", fix=fix)
     return kinds[member.kind]

@@ -17,6 +17,7 @@ from glue.kinds.model import model_of
 from glue.kinds.text_mixture import MODEL_TYPE, by_text
 from glue.member import Member
 
+KNOWN = 20_000  # contexts whose routes are remembered: those of a suite, not all that a server was ever asked
 BATCH_TOKENS = 16_384  # padded tokens that the reader of a mixture sees at once
 
 
@@ -56,6 +57,8 @@ def routes_of(model: Any, empty: int) -> Callable[[list[list[int]]], list[Hashab
 
     def route(contexts: list[list[int]]) -> list[Hashable]:
         asked = [tuple(context) or (empty,) for context in contexts]
+        if len(known) > KNOWN:
+            known.clear()
         new = [context for context in dict.fromkeys(asked) if context not in known]
         for places, ids, mask in left_padded(new):
             weights = model.gate(ids.to(model.device), mask.to(model.device)).cpu()

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from glue.checkpoint import Checkpoint
 from glue.hub import locate
-from glue.kinds import weights
+from glue.kinds import prompt, weights
 from glue.kinds.compressed import Compressed
 from glue.kinds.frame import config_json
+from glue.kinds.proxy import members
+from glue.kinds.proxy import shared as one_set
 from glue.kinds.text_mixture import EXPERTS, MODEL_TYPE
 from glue.member import Member
 
@@ -27,12 +29,20 @@ class Size:
 
 
 def size(member: Member) -> Size:
-    """Of a model, an adapter over its base, or a mixture; reads headers only.
+    """Of a model, an adapter over its base, a mixture, or a proxy; reads headers only.
 
-    A tied head counts once. An adapter counts with its base, as if it were merged, and experts that are stored as
-    changes count as the whole models that they are in memory. Raises ZooError for what has no
-    weights, CheckpointError for what cannot be read.
+    A tied head counts once. An adapter counts with its base, as if merged, and a prompt beside its base. Experts
+    that are stored as changes count as the whole models that they are in memory. Of a proxy all parts count; the small
+    model counts once where the tuned one is an adapter over it. Raises ZooError for what has no weights,
+    CheckpointError for what cannot be read.
     """
+    if member.kind == "proxy":
+        large, small, tuned = members(member)
+        every = [size(part) for part in ((large, small) if one_set(tuned) else (large, small, tuned))]
+        return Size(sum(part.whole for part in every), sum(part.active for part in every))
+    if member.kind == "prompt" and member.base is not None:
+        below, more = size(member.base), prompt.numel(member)
+        return Size(below.whole + more, below.active + more)
     if member.kind != "mixture":
         whole = sum(header.numel for header in weights(member).headers.values())
         return Size(whole, whole)

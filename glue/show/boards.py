@@ -14,6 +14,8 @@ from glue.board import Leaderboard, costs, leaderboard
 from glue.files import write_aside
 from glue.plan import Plan
 from glue.report.markdown import markdown, ranked
+from glue.report.traffic import markdown as traffic
+from glue.report.traffic import read
 from glue.show.terminal import console
 
 
@@ -103,6 +105,9 @@ def write_boards(plans: Sequence[Plan]) -> Path:
     log = []
     for plan in plans:
         lines += [f"## Seed {plan.recipe.seed}", "", *markdown(leaderboard(plan)), ""]
+        for task in plan:
+            if task.step == "traffic" and task.member is not None:
+                lines += [*traffic(read(task.member)), ""]
         log += [f"seed {plan.recipe.seed}  {task.member.version}  {task.member.note}" for task in plan if task.member]
     write_aside(file, "\n".join(lines))
     write_aside(file.with_suffix(".log"), "\n".join(log) + "\n")

@@ -20,14 +20,15 @@ def print_routes(reports: Sequence[Report], as_json: bool = False) -> None:
         print(json.dumps([asdict(report) for report in reports], indent=1))
         return
     out = console()
-    _print(out, f"routes on {reports[0].suite}", *summary(reports))
+    titled(out, f"routes on {reports[0].suite}", *summary(reports))
     for report in reports:
-        _print(out, f"{report.mixture}: share of items by expert; * scores best on the task", *shares(report))
+        titled(out, f"{report.mixture}: share of items by expert; * scores best on the task", *shares(report))
     out.print("\n[dim]to the ...: what that choice would score more, in points, with paired 95 % intervals; it is made "
               "in hindsight, so it flatters itself[/]")
 
 
-def _print(out: Console, title: str, headings: list[str], rows: list[list[str]]) -> None:
+def titled(out: Console, title: str, headings: list[str], rows: list[list[str]]) -> None:
+    """A title, and a table below it."""
     out.print(f"\n[italic]{escape(title)}[/]")
     # a title of the table would be broken to its width
     grid = Grid(box=None, pad_edge=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from glue.family import Share
+from collections.abc import Iterable, Mapping, Sequence
+
+from glue.family import Count, Share
 from glue.skills import Draw, Example, teaching
 from glue.skills._words import LEXICON, first, split_of
 
@@ -11,38 +13,53 @@ CLASSES = {"adjective": ["red", "big", "old", "shy"],
            "verb": ["finds", "sees", "helps", "eats"],
            "adverb": ["fast", "now", "often", "twice"]}
 WORD = dict(zip((word for words in CLASSES.values() for word in words), LEXICON, strict=True))
+AND = ";"  # between sentences
 LOOK_ALIKE = 0.7  # share of distractors with one wrong word; the others have two words swapped
 
 
 def right(example: Example) -> bool:
-    """Recomputed backwards: the answer, translated into English word for word, is the question's sentence."""
+    """Recomputed backwards: the answer, translated into English word for word, is the question's sentences."""
     english = {word: source for source, word in WORD.items()}
-    subject, adjective, thing, adverb, verb = (english[word] for word in example.answer.split())
-    sentence = " ".join((adjective, subject, verb, thing, adverb))
-    return example.question == f"tr : {sentence} =" and example.answer not in example.distractors
+    said = []
+    for sentence in example.answer.split(f" {AND} "):
+        subject, adjective, thing, adverb, verb = (english[word] for word in sentence.split())
+        said.append(" ".join((adjective, subject, verb, thing, adverb)))
+    return example.question == f"tr : {f' {AND} '.join(said)} =" and example.answer not in example.distractors
 
 
 @teaching.add("trans", check=right, chance=0.25)
-def trans(draw: Draw, *, known: Share = 1.0) -> Example:
-    """A sentence of five words. `known` is the share of each class of words that train uses."""
+def trans(draw: Draw, *, known: Share = 1.0, sentences: Count = 1) -> Example:
+    """Sentences of five words each. `known` is the share of each class of words that train uses."""
     share = known if draw.split == "train" else 1.0
     classes = {name: first(share, words) for name, words in CLASSES.items()}
     while True:
-        said = {name: draw.rng.choice(words) for name, words in classes.items()}
-        thing = draw.rng.choice(classes["noun"])
-        question = f"tr : {said['adjective']} {said['noun']} {said['verb']} {thing} {said['adverb']} ="
+        told = [_sentence(draw, classes) for _ in range(sentences)]
+        question = f"tr : {f' {AND} '.join(english for english, _ in told)} ="
         if split_of(question) == draw.split:
             break
-    answer = [WORD[word] for word in (said["noun"], said["adjective"], thing, said["adverb"], said["verb"])]
     wrong: dict[str, None] = {}
     while len(wrong) < 3:
-        other, k = list(answer), draw.rng.randrange(5)
+        which = draw.rng.randrange(sentences) if sentences > 1 else 0
+        other, k = list(told[which][1]), draw.rng.randrange(5)
         if draw.rng.random() < LOOK_ALIKE:
             name = ("noun", "adjective", "noun", "adverb", "verb")[k]
             other[k] = WORD[draw.rng.choice(CLASSES[name])]
         else:
             k = min(k, 3)
             other[k], other[k + 1] = other[k + 1], other[k]
-        if other != answer:
-            wrong[" ".join(other)] = None
-    return Example(question, " ".join(answer), tuple(wrong))
+        if other != told[which][1]:
+            words = [other if k == which else words for k, (_, words) in enumerate(told)]
+            wrong[_joined(words)] = None
+    return Example(question, _joined([words for _, words in told]), tuple(wrong))
+
+
+def _sentence(draw: Draw, classes: Mapping[str, list[str]]) -> tuple[str, list[str]]:
+    """A sentence, and the words of its translation."""
+    said = {name: draw.rng.choice(words) for name, words in classes.items()}
+    thing = draw.rng.choice(classes["noun"])
+    return (f"{said['adjective']} {said['noun']} {said['verb']} {thing} {said['adverb']}",
+            [WORD[word] for word in (said["noun"], said["adjective"], thing, said["adverb"], said["verb"])])
+
+
+def _joined(sentences: Iterable[Sequence[str]]) -> str:
+    return f" {AND} ".join(" ".join(words) for words in sentences)

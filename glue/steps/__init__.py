@@ -3,7 +3,7 @@
 A step's keyword-only signature is the schema of its recipe line. Parameters that name members are marked here, and
 arrive resolved:
 
-    One         a member                                    -> Member
+    One         a member                                    -> Member; OneThatRuns need not have weights
     Many        names, `tag:x`, groups                      -> list[Member]
     Shares      members with a number each                  -> dict[Member, float], in the order of the recipe
     OnSuite     `suite:split`; OnDev takes no test split,    -> Measured
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from glue.family import Family, Positive
-from glue.member import CHANGES, Element, Member
+from glue.member import CHANGES, IN_WEIGHTS, Element, Member
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,8 +55,8 @@ class Takes:
     named: bool = False
 
 
-MODELS = ("model", *CHANGES)
-RUNS = (*MODELS, "mixture")
+MODELS = ("model", *IN_WEIGHTS)
+RUNS = ("model", *CHANGES, "mixture", "endpoint")
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ class Configured:
 if TYPE_CHECKING:  # what a step's function is given
     One = Member
     Tunable = Member
+    OneThatRuns = Member
     Many = list[Member]
     ManyThatRun = list[Member]
     Dataset = Member
@@ -125,6 +126,7 @@ if TYPE_CHECKING:  # what a step's function is given
 else:  # what a recipe says
     One = Annotated[str, Takes("one", MODELS)]
     Tunable = Annotated[str, Takes("one", ("model",))]
+    OneThatRuns = Annotated[str, Takes("one", RUNS)]
     Many = Annotated[list[Any], Takes("many", MODELS)]
     ManyThatRun = Annotated[list[Any], Takes("many", RUNS)]
     Dataset = Annotated[str, Takes("one", ("dataset",))]

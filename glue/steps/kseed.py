@@ -22,7 +22,8 @@ from glue.steps.federate import LEDGER, feasible
 from glue.steps.pretrain import told
 
 if TYPE_CHECKING:
-    from glue.federate.kseed import Agreed, Ask
+    from glue.federate.exchange import Ask
+    from glue.federate.kseed import Agreed
     from glue.federate.spool import Spool
     from glue.kinds.seed_history import History
     from glue.workers import Workers
@@ -114,11 +115,14 @@ def account(spool: Spool, names: Sequence[str], privacy: Mapping[str, float] | N
     return ledger(names, spool.events(), revealed=SUMS, privacy=Privacy(**privacy).told(sent) if privacy else None)
 
 
-def asked_here(workers: Workers, errands: Mapping[str, Errand]) -> Ask:
-    """Clients as calls of this run's workers, as many at a time as there are workers."""
+def asked_here(workers: Workers, errands: Mapping[str, Any], answer: str = "glue.steps.kseed:answer") -> Ask:
+    """Clients as calls of this run's workers, as many at a time as there are workers.
+
+    answer  the dotted name of what makes a reply of an errand and a message
+    """
     def ask(round: int, messages: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | str]]:
         with ThreadPoolExecutor(max(1, workers.number)) as threads:
-            asked = {threads.submit(workers.call, "glue.steps.kseed:answer", errands[client], message): client
+            asked = {threads.submit(workers.call, answer, errands[client], message): client
                      for client, message in messages.items()}
             try:
                 pending = set(asked)

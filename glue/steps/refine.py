@@ -57,7 +57,8 @@ def _has(folder: Path, need: str) -> bool:
     return file.is_file() and (need != "losses" or "loss" in json.loads(lines_of(file)[0]))
 
 
-@steps.add("refine", makes="dataset", resumes=True, words=sensible, check=selectable, source="arXiv:2405.00705")
+@steps.add("refine", makes="dataset", holds="trains", resumes=True, words=sensible, check=selectable,
+           source="arXiv:2405.00705")
 def refine(job: Job, *, data: Dataset, select: Annotated[Any, Of("selecting")], keep: Kept = 1.0,
            base: Tunable | None = None, suite: OnDev | None = None, dedup: bool = False, clusters: Count = 60,
            embed: Embed = "words", surprise: NonNegative = 0.0, representatives: Count = 1, by: By = "loss",

@@ -71,7 +71,8 @@ def players_of(members: Sequence[Member], base: Member) -> list[Member]:
     return found
 
 
-@steps.add("value", makes="table", named=True, resumes=True, words=clear, check=playable, source="arXiv:2405.00705")
+@steps.add("value", makes="table", named=True, holds="runs", resumes=True, words=clear, check=playable,
+           source="arXiv:2405.00705")
 def value(job: Job, *, members: Many | None = None, of: One | None = None, base: One | None = None,
           merge: Annotated[Any, Of("merging")] | None = None, suite: OnDev, by: By = "score", chains: Count = 10,
           most: Count | None = None) -> Made:

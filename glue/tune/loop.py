@@ -13,17 +13,24 @@ from glue.errors import GlueError
 from glue.tune.items import Item
 
 Report = Callable[[int, int, float], None]  # step, of how many, loss
+Loss = Callable[[list[Item], Tensor, Tensor], Tensor]  # see `surprise`
 WARM_UP, FLOOR = 0.05, 0.05  # share of the steps; share of the learning rate at the end
 BETAS, CLIP = (0.9, 0.98), 1.0
 PIECES = 2  # a batch is sorted by length and cut, so that short items are not padded to the longest
 
 
+def surprise(items: list[Item], tokens: Tensor, logits: Tensor) -> Tensor:
+    """The loss of each next token: how unlikely it was. tokens [b, s + 1], logits [b, s, v] -> [b, s]"""
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(tokens[:, 1:].shape)
+
+
 def train(model: nn.Module, batches: Iterator[list[Item]], *, steps: int, learning_rate: float,
-          weight_decay: float, prompt_weight: float, report: Report) -> None:
+          weight_decay: float, prompt_weight: float, report: Report, loss: Loss = surprise) -> None:
     """Train the parameters of `model` that require a gradient, in place.
 
     weight_decay   on matrices only
     prompt_weight  loss of a question's token, where one of an answer counts 1
+    loss           what is made small, place by place
 
     The same bits for the same batches where torch runs on one thread. Raises GlueError where the loss, or its
     gradient, is no number.
@@ -38,14 +45,14 @@ def train(model: nn.Module, batches: Iterator[list[Item]], *, steps: int, learni
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * share_of_rate(step, steps)
-        loss = _backward(model, next(batches), prompt_weight)
+        lost = _backward(model, next(batches), prompt_weight, loss)
         norm = float(nn.utils.clip_grad_norm_(learned, CLIP))
-        if not math.isfinite(loss + norm):
-            raise GlueError(f"the training diverged at step {step} of {steps}: loss {loss:.4g}, "
+        if not math.isfinite(lost + norm):
+            raise GlueError(f"the training diverged at step {step} of {steps}: loss {lost:.4g}, "
                             f"gradient norm {norm:.4g}", fix=f"lower learning_rate ({learning_rate})")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        report(step, steps, loss)
+        report(step, steps, lost)
     model.eval()
 
 
@@ -58,22 +65,21 @@ def share_of_rate(step: int, steps: int) -> float:
     return FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * done)) / 2
 
 
-def _backward(model: nn.Module, batch: list[Item], prompt_weight: float) -> float:
+def _backward(model: nn.Module, batch: list[Item], prompt_weight: float, loss: Loss) -> float:
     """Add the gradient of the batch's mean loss, and return that loss."""
     ordered = sorted(batch, key=lambda item: len(item.tokens))
     size = math.ceil(len(ordered) / PIECES)
-    pieces = [pad(ordered[k:k + size], prompt_weight) for k in range(0, len(ordered), size)]
-    whole = sum(float(weights.sum()) for _, weights in pieces)
+    pieces = [(some, *pad(some, prompt_weight)) for some in (ordered[k:k + size] for k in range(0, len(ordered), size))]
+    whole = sum(float(weights.sum()) for _, _, weights in pieces)
     device = next(model.parameters()).device
-    loss = 0.0
-    for tokens, weights in pieces:
+    lost = 0.0
+    for some, tokens, weights in pieces:
         tokens, weights = tokens.to(device), weights.to(device)
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-        each = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-        piece = (each * weights.flatten()).sum() / whole
+        piece = (loss(some, tokens, logits).flatten() * weights.flatten()).sum() / whole
         piece.backward()
-        loss += piece.item()
-    return loss
+        lost += piece.item()
+    return lost
 
 
 def pad(items: list[Item], prompt_weight: float) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import torch
 from glue.family import families
 from glue.identity import identify
 from glue.kinds import kinds, load, weights
+from glue.kinds.endpoint import connect
+from glue.kinds.local_source import Local
+from glue.kinds.prompt import write_prompt
 from glue.kinds.seed_history import History
 from glue.kinds.tt import sides as sides_of_train
 from glue.kinds.tt import write_trains
@@ -19,6 +23,8 @@ from glue.member import Member
 from glue.merge.tensor_train import decomposed
 from glue.mix.levels.model import sites, write
 from glue.mix.parts import Dev, Parts
+from glue.proxy.pair import write as write_pair
+from tests.fake_server import FakeServer, listening
 
 TEXTS = [[1, 5, 9, 7, 3, 8], [1, 30, 21], [1, 17, 4, 4, 25, 6, 11, 12]]
 
@@ -79,8 +85,39 @@ def as_model(member: Member, base: Member, folder: Path) -> Member:
     return Member("m", "model", str(folder))
 
 
+def a_prompt(tiny, tmp_path) -> tuple[Member, list[Member]]:
+    """No plain model is what a prompt makes of its base, so here it stands for itself; see tests/test_prompt.py."""
+    (tmp_path / "prompt").mkdir()
+    write_prompt(tmp_path / "prompt", torch.randn(3, 32, generator=torch.Generator().manual_seed(0)))
+    member = Member("prompt", "prompt", str(tmp_path / "prompt"), base=tiny("base", seed=9))
+    return member, [member] * 3
+
+
+def a_proxy(tiny, tmp_path) -> tuple[Member, list[Member]]:
+    """Where the large member is the untuned small one, a proxy is the tuned one."""
+    from peft import LoraConfig, get_peft_model
+
+    small = tiny("small", seed=9)
+    adapted = get_peft_model(load(small).model, LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "tuned")
+    tuned = Member("tuned", "adapter", str(tmp_path / "tuned"), base=small)
+    write_pair(tmp_path / "proxy", large=small, tuned=tuned, small=small, alpha=1.0)
+    return Member("proxy", "proxy", str(tmp_path / "proxy"), base=small), [tuned] * 3
+
+
+SERVERS = ExitStack()  # they answer as long as there are tests
+
+
+def an_endpoint(tiny, tmp_path) -> tuple[Member, list[Member]]:
+    served = tiny("served", seed=10)
+    url = SERVERS.enter_context(listening(FakeServer(Local(load(served)))))
+    connect(tmp_path / "endpoint", url, tokenizer=served)
+    return Member("endpoint", "endpoint", str(tmp_path / "endpoint")), [served] * 3
+
+
 MADE = {"model": a_model, "adapter": an_adapter, "mixture": a_mixture, "seed_history": a_seed_history,
-        "tensor_train": a_tensor_train}
+        "tensor_train": a_tensor_train, "prompt": a_prompt,
+        "endpoint": an_endpoint, "proxy": a_proxy}
 
 
 @torch.no_grad()

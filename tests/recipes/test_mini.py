@@ -76,7 +76,7 @@ def test_a_second_run_makes_nothing(place: Path, plan: Plan):
 
 def test_one_changed_number_runs_what_depends_on_it_and_nothing_else(place: Path, plan: Plan):
     text = (place / "recipes/mini.yaml").read_text()
-    (place / "changed").mkdir(exist_ok=True)
+    shutil.copytree(place / "recipes/data", place / "changed/data", dirs_exist_ok=True)
     (place / "changed/mini.yaml").write_text(text.replace("members: [tag:A], method: linear",
                                                           "members: [tag:A], method: {linear: {normalize: false}}"))
     states = {task.name: task.state for task in planned(place, "changed/mini.yaml")}
