@@ -354,7 +354,8 @@ def test_every_listed_architecture_has_mergekits_tensors():
                 continue
             for word, module in theirs.modules.items():
                 prefix, part = module.weight_prefix or "", ours.parts[word]
-                listed = [(prefix + each.name, each.optional or each.name.endswith(TABLES), tuple(prefix + one for one in each.aliases or ()), tuple(
+                listed = [(prefix + each.name, each.optional or each.name.endswith(TABLES),
+                           tuple(prefix + one for one in each.aliases or ()), tuple(
                     prefix + one for one in each.tied_names or ()), each.vocabulary_axis, each.force_dtype or "")
                     for each in module.architecture.all_weights(namespace(config))]
                 layers = part.layers(config, ())
