@@ -1,4 +1,4 @@
-"""The command line: run, plan, merge, board, eval, reproduce, generate, methods, schema, init; cli_zoo.py has glue zoo.
+"""The command line: run, plan, merge, board, eval, reproduce, push, generate, methods, schema, init; the rest in cli_*.
 
 Everything heavy is imported inside the commands, so that help appears at once.
 """
