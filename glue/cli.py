@@ -26,6 +26,9 @@ app.command()(serve)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")]
 Seed = Annotated[int | None, typer.Option(help="Replaces the recipe's seed.")]
+OnDevice = Annotated[str, typer.Option("--device", help="Where models run: cpu, cuda, cuda:1, mps, or auto.")]
+RunsIn = Annotated[str, typer.Option("--dtype", help="What models run in, such as bfloat16; default: the recipe's.")]
+AtOnce = Annotated[str, typer.Option("--batch-size", help="Of every line that can choose: a number, or auto.")]
 Lenient = Annotated[bool, typer.Option("--lenient", help="Unknown words of a merge config are notes, not errors.")]
 Untie = Annotated[bool, typer.Option("--untie", help="Where only some have an output layer, take others' embedding.")]
 
@@ -59,7 +62,8 @@ def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
         threads: Annotated[int, typer.Option(help="Threads of each process; more than one may change last bits.")] = 1,
         full: Annotated[bool, typer.Option(help="Run with each seed of the recipe's `full`; write boards.")] = False,
         on: Annotated[str, typer.Option(help="Where workers run: here or ray.")] = "here",
-        quiet: Quiet = False, as_json: Json = False) -> None:
+        device: OnDevice = "", dtype: RunsIn = "", batch_size: AtOnce = "", quiet: Quiet = False,
+        as_json: Json = False) -> None:
     """Make everything a recipe asks for; what exists already is not made again."""
     from glue.board import leaderboard
     from glue.recipe import read_recipe
@@ -73,7 +77,7 @@ def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
         raise GlueError(f"{recipe} has no 'full: {{seeds: [...]}}'", fix="add it, or leave out --full")
     plans = []
     for one in seeds:
-        read, found = read_recipe(recipe, seed=one), opened(zoo)
+        read, found = read_recipe(recipe, seed=one, wide=_wide(device, dtype, batch_size)), opened(zoo)
         with _workers(on, workers, threads) as pool, progress(quiet) as watcher:
             plans.append(make(read, found, pool, watcher))
         if read.board:
@@ -86,8 +90,8 @@ def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
 
 @app.command()
 def plan(recipe: Annotated[Path, typer.Argument(help="A recipe, or a merge config of mergekit.")],
-         zoo: ZooFile = HERE, seed: Seed = None, as_json: Json = False, lenient: Lenient = False,
-         untie: Untie = False) -> None:
+         zoo: ZooFile = HERE, seed: Seed = None, device: OnDevice = "", dtype: RunsIn = "", batch_size: AtOnce = "",
+         as_json: Json = False, lenient: Lenient = False, untie: Untie = False) -> None:
     """Check a recipe or a merge config, and tell what is to be done, read and written. Changes nothing."""
     from glue.merges import is_config
     from glue.orders import Settings, orders
@@ -99,7 +103,8 @@ def plan(recipe: Annotated[Path, typer.Argument(help="A recipe, or a merge confi
         settings = Settings(seed or 0, lenient=lenient, untie=untie)
         print_orders(orders(recipe, Path(f"{recipe.stem}-merged"), settings, _zoo_or_none(zoo)), as_json)
     else:
-        print_plan(make_plan(read_recipe(recipe, seed=seed), opened(zoo), missing=True), as_json)
+        read = read_recipe(recipe, seed=seed, wide=_wide(device, dtype, batch_size))
+        print_plan(make_plan(read, opened(zoo), missing=True), as_json)
 
 
 @app.command()
@@ -130,7 +135,7 @@ def merge(config: Annotated[Path, typer.Argument(help="A config of mergekit, or 
 @app.command()
 def board(recipe: Annotated[Path | None, typer.Argument(help="A recipe that has been run.")] = None,
           suite: Annotated[str, typer.Option(help="Everyone who was measured on it, such as tiny:test.")] = "",
-          zoo: ZooFile = HERE, seed: Seed = None, as_json: Json = False,
+          zoo: ZooFile = HERE, seed: Seed = None, dtype: RunsIn = "", as_json: Json = False,
           markdown: Annotated[Path | None, typer.Option(help="Also write the board to this file.")] = None,
           html: Annotated[Path | None, typer.Option(help="Also write all that is known as one page.")] = None) -> None:
     """Show the leaderboard of a recipe that has been run, or of a suite. Reads, never runs."""
@@ -147,7 +152,7 @@ def board(recipe: Annotated[Path | None, typer.Argument(help="A recipe that has 
         raise GlueError("a board is of a recipe or of a suite",
                         fix="glue board recipes/quickstart.yaml, or  glue board --suite tiny:test")
     found = opened(zoo)
-    plan = make_plan(read_recipe(recipe, seed=seed), found) if recipe else None
+    plan = make_plan(read_recipe(recipe, seed=seed, wide=_wide(dtype=dtype)), found) if recipe else None
     shown = leaderboard(plan) if plan else of_suite(found, suite)
     print_board(shown, as_json)
     if plan and not as_json:
@@ -163,8 +168,7 @@ def evaluate(members: Annotated[list[str], typer.Argument(help="Names, or tag:x.
              suite: Annotated[str, typer.Option(help="A suite and split, such as tiny:test.")] = "",
              from_lm_eval: Annotated[Path | None, typer.Option(
                  "--import", help="Measure nothing: take what lm-eval's own command has left in this folder.")] = None,
-             device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "cpu",
-             batch_size: Annotated[str, typer.Option(help="Questions at once, or auto.")] = "auto",
+             device: OnDevice = "", batch_size: AtOnce = "",
              zoo: ZooFile = HERE, workers: int | None = None, quiet: Quiet = False, as_json: Json = False) -> None:
     """Measure members on a suite with lm-eval, and show the table. The same as a recipe with one evaluate line."""
     from glue.board import of_suite, plain
@@ -183,9 +187,8 @@ def evaluate(members: Annotated[list[str], typer.Argument(help="Names, or tag:x.
         raise GlueError("it is not said what to measure", fix="--suite tiny:test, or  --import DIR  of lm-eval")
     with Workers(_cores() if workers is None else workers) as pool, progress(quiet) as watcher:
         names = [member.name for word in members for member in found.select(word)]  # a recipe's tag:x sees less
-        done = step(found, "scores", "evaluate", {"members": names, "suite": suite, "device": device, "batch_size":
-                                                  int(batch_size) if batch_size.isdigit() else batch_size},
-                    pool, watcher)
+        done = step(found, "scores", "evaluate",
+                    {"members": names, "suite": suite, **_wide(device, batch_size=batch_size)}, pool, watcher)
     print_board(plain(done, done["scores"]), as_json)
 
 
@@ -285,6 +288,12 @@ def init(folder: Annotated[Path, typer.Argument(help="Where the new zoo shall be
 
     for file in start(folder):
         print(f"wrote {file}")
+
+
+def _wide(device: str = "", dtype: str = "", batch_size: str = "") -> dict[str, Any]:
+    """What was said on the command line for all lines."""
+    size: Any = int(batch_size) if batch_size.isdigit() else batch_size
+    return {word: value for word, value in (("device", device), ("dtype", dtype), ("batch_size", size)) if value != ""}
 
 
 def _zoo_or_none(file: Path) -> Any:

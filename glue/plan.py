@@ -19,7 +19,7 @@ from glue.find import Finder, Outcome, Pending
 from glue.hub import locate
 from glue.member import Element, Member, Origin
 from glue.recipe import Line, Recipe
-from glue.steps import Configured, Measured, Takes, steps
+from glue.steps import Configured, Measured, Takes, Wide, steps
 from glue.zoo import Zoo
 
 State = Literal["done", "alias", "ready", "waiting", "deferred", "missing"]
@@ -126,7 +126,7 @@ class _Planner:
             return
         outcome = Outcome(None, "unknown", frozenset(line.tags))
         try:
-            params = dict(line.params)
+            params = {**_wide(method, line), **line.params}
             if line.each:
                 if "members" not in method.parameters or "members" in params:
                     raise RecipeError(f"step '{line.step}' cannot have both 'each' and 'members'" if "members" in params
@@ -260,6 +260,13 @@ class _Planner:
         return value
 
 
+def _wide(method: Method, line: Line) -> dict[str, Any]:
+    """What is said for all lines, of what this step knows."""
+    words = {name: mark.word for name, info in method.parameters.items() for mark in marks(info)
+             if isinstance(mark, Wide)}
+    return {name: line.wide[word] for name, word in words.items() if word in line.wide}
+
+
 def present(member: Member) -> bool:
     """Whether the files of a member, and of what it sits on, are on this machine."""
     try:
@@ -295,7 +302,8 @@ def _origin(method: Method, choice: Choice, arguments: Mapping[str, Any], seed: 
     names: dict[str, tuple[str, ...]] = {}
     params: dict[str, Any] = {}
     for name, value in choice.params.items():
-        if name in method.traits.get("unkeyed", ()):
+        if name in method.traits.get("unkeyed", ()) or \
+                name in method.traits.get("later", ()) and value == method.parameters[name].default:
             continue
         value = arguments.get(name, value)
         if isinstance(value, Measured):

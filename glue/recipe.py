@@ -1,6 +1,8 @@
 """Recipes: a YAML file of steps, read and checked for grammar only; every word keeps its place.
 
     seed: 0                          added to the seed of every line
+    device: cuda                     for every line whose step has this parameter and that does not say it itself;
+                                     so too  dtype:  and  batch_size:
     include: tiny_zoo.yaml           recipes whose steps come first
     steps:
       - {as: merged, step: merge, members: [tag:tiny], method: {ties: {density: 0.5}}}
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 NAME_RULE = "a name has up to 100 letters, digits and . _ + - and starts with a letter or digit"
 SEEDS = range(2**32)
 INCLUDES = 20  # how deep recipes may include each other
-TOP = ("about", "seed", "include", "steps", "board", "full")
+WIDE = ("device", "dtype", "batch_size")  # words for all lines that know them
+TOP = ("about", "seed", *WIDE, "include", "steps", "board", "full")
 LINE = ("as", "step", "each", "seed", "tags")
 BOARD = ("table", "headline", "claims")
 FULL = ("seeds",)
@@ -36,6 +40,7 @@ class Line:
 
     recipe  name of the recipe it stands in; its product is called recipe/name
     params  the step's own keys, unchecked
+    wide    what is said for all lines, unchecked, and means nothing to steps that do not know it
     """
 
     recipe: str
@@ -47,6 +52,7 @@ class Line:
     params: dict[str, Any]
     index: int
     document: Document = field(repr=False)
+    wide: dict[str, Any] = field(default_factory=dict)
 
     @property
     def product(self) -> str:
@@ -84,21 +90,22 @@ class Recipe:
     full_seeds: tuple[int, ...] = ()
 
 
-def read_recipe(file: str | Path, *, seed: int | None = None) -> Recipe:
+def read_recipe(file: str | Path, *, seed: int | None = None, wide: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe and its includes. Raises Mistakes with everything that is wrong with the grammar.
 
     seed  replaces the recipe's own (not those of its lines, which are added to it). An include has the seed of the
           recipe that includes it, or its own where that one says none.
+    wide  device, dtype and batch_size in place of the recipe's own; an include has them as it has a seed
     """
     if seed is not None and seed not in SEEDS:
         raise RecipeError(f"a seed lies between 0 and {SEEDS[-1]}, not at {seed}")
-    return _read(Path(file), seed, (), {})
+    return _read(Path(file), seed, dict(wide or {}), (), {})
 
 
-_Memory = dict[tuple[Path, int | None], Recipe | None]  # what was read, by file and seed; None: told as mistakes
+_Memory = dict[tuple[Path, int | None, str], Recipe | None]  # by file and what it is told; None: told as mistakes
 
 
-def _read(file: Path, seed: int | None, above: tuple[Path, ...], memory: _Memory) -> Recipe:
+def _read(file: Path, seed: int | None, wide: dict[str, Any], above: tuple[Path, ...], memory: _Memory) -> Recipe:
     doc = document.read(file, RecipeError)
     errors: list[GlueError] = []
     wrong = _Wrong(doc, errors)
@@ -114,13 +121,18 @@ def _read(file: Path, seed: int | None, above: tuple[Path, ...], memory: _Memory
         wrong(f"the file name '{file.name}' cannot name products: {NAME_RULE}")
     own_seed = wrong.seed(top)
     own_seed = seed if seed is not None else own_seed
-    lines = _included(wrong, file, top, seed if seed is not None or "seed" not in top else own_seed, above, memory)
+    wide = {**{key: top[key] for key in WIDE if key in top}, **wide}
+    for key, value in wide.items():
+        if not isinstance(value, (str, int)) or isinstance(value, bool):
+            wrong(f"'{key}' is one word or number, for all lines", key, fix=f"write what a step takes as {key}")
+    below = seed if seed is not None or "seed" not in top else own_seed
+    lines = _included(wrong, file, top, below, wide, above, memory)
     steps = top.get("steps")
     if not isinstance(steps, list) or not steps:
         wrong("a recipe needs 'steps', a list", "steps", fix="write  steps:  and lines such as  - {as: ..., step: ...}")
         steps = []
     for k, entry in enumerate(steps):
-        line = _line(wrong, name, k, entry, own_seed)
+        line = _line(wrong, name, k, entry, own_seed, wide)
         if line is None:
             continue
         if first := next((other for other in lines if other.product == line.product), None):
@@ -140,8 +152,8 @@ def _read(file: Path, seed: int | None, above: tuple[Path, ...], memory: _Memory
     return Recipe(name, file, tuple(lines), about, own_seed, board, tuple(seeds))
 
 
-def _included(wrong: _Wrong, file: Path, top: dict[str, Any], seed: int | None, above: tuple[Path, ...],
-              memory: _Memory) -> list[Line]:
+def _included(wrong: _Wrong, file: Path, top: dict[str, Any], seed: int | None, wide: dict[str, Any],
+              above: tuple[Path, ...], memory: _Memory) -> list[Line]:
     """The lines of all includes; of a file that is included twice, once."""
     lines: list[Line] = []
     includes = top.get("include") or []
@@ -159,12 +171,12 @@ def _included(wrong: _Wrong, file: Path, top: dict[str, Any], seed: int | None, 
             wrong(f"recipes include each other more than {INCLUDES} deep", "include", k)
             continue
         try:
-            if (path, seed) not in memory:
-                memory[path, seed] = None
-                memory[path, seed] = _read(file.parent / other, seed, above, memory)
+            if (key := (path, seed, json.dumps(wide, sort_keys=True))) not in memory:
+                memory[key] = None
+                memory[key] = _read(file.parent / other, seed, wide, above, memory)
         except GlueError as found:
             wrong.errors += found.errors if isinstance(found, Mistakes) else [found.at(wrong.doc.place("include", k))]
-        recipe = memory[path, seed]
+        recipe = memory[path, seed, json.dumps(wide, sort_keys=True)]
         for line in recipe.lines if recipe else ():
             first = next((known for known in lines if known.product == line.product), None)
             if first is None:
@@ -199,7 +211,7 @@ class _Wrong:
         return value
 
 
-def _line(wrong: _Wrong, recipe: str, k: int, entry: Any, seed: int) -> Line | None:
+def _line(wrong: _Wrong, recipe: str, k: int, entry: Any, seed: int, wide: dict[str, Any]) -> Line | None:
     at = ("steps", k)
     if not isinstance(entry, dict):
         wrong("a step is a mapping with at least the keys 'as' and 'step'", *at,
@@ -223,7 +235,7 @@ def _line(wrong: _Wrong, recipe: str, k: int, entry: Any, seed: int) -> Line | N
     if len(wrong.errors) > before:
         return None
     params = {key: value for key, value in entry.items() if key not in LINE}
-    return Line(recipe, name, step, each, seed + own, tuple(tags), params, k, wrong.doc)
+    return Line(recipe, name, step, each, seed + own, tuple(tags), params, k, wrong.doc, wide)
 
 
 def _board(wrong: _Wrong, entry: Any, names: list[str]) -> Board | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from glue.family import HOMES, Family, Method, Of, families, marks
-from glue.recipe import SEEDS
+from glue.recipe import SEEDS, WIDE
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -15,7 +15,7 @@ def recipe_schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "glue recipe", "type": "object",
         "required": ["steps"], "additionalProperties": False, "$defs": definitions,
         "properties": {
-            "about": {"type": "string"}, "seed": SEED,
+            "about": {"type": "string"}, "seed": SEED, **{word: {"type": ["string", "integer"]} for word in WIDE},
             "include": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
             "steps": {"type": "array", "minItems": 1, "items": {"anyOf": [_line(step) for step in families("steps")]}},
             "board": _object({"table": {"type": "string"}, "headline": {"type": "string"},

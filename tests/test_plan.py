@@ -135,6 +135,25 @@ def test_a_mistake_is_one_short_error_with_its_place_and_the_fix_and_nothing_is_
     assert not (place / "hit").exists()
 
 
+def test_a_word_for_all_lines_is_a_parameter_of_the_steps_that_know_it_and_no_other(planned, place):
+    lines = """steps:
+  - {as: d, step: data, skill: kind, train: 4, dev: 4, test: 4}
+  - {as: m, step: merge, members: [left, right], method: linear}
+  - {as: s, step: evaluate, members: [left], suite: "%s:test"}
+  - {as: t, step: evaluate, members: [left], suite: "%s:test", batch_size: 2}
+"""
+    folder = place / "benchmarks" / "suites"
+    folder.mkdir(parents=True)
+    (folder / "u.yaml").write_text("tasks:\n  kind: {data: r/d, output: choice, metric: acc, chance: 0.25}\n")
+    lines = lines.replace("%s", "u")
+    plain, told = planned(lines), planned("device: meta\nbatch_size: 7\n" + lines)
+    assert [task.choice.params["batch_size"] for task in told if task.step == "evaluate"] == [7, 2]
+    assert all(task.choice.params["device"] == "meta" for task in told if task.step == "evaluate")
+    assert [task.origin for task in plain] == [task.origin for task in told]  # how it is done, not what comes out
+    with pytest.raises(GlueError, match="'batch_size' cannot be 0"):
+        planned("batch_size: 0\n" + lines)
+
+
 def test_all_mistakes_of_a_recipe_are_told_at_once(planned):
     with pytest.raises(GlueError) as caught:
         planned("steps:\n  - {as: a, step: merge, members: [bse], method: linear}\n"

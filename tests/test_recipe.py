@@ -21,6 +21,7 @@ def mistakes(tmp_path, text: str, name: str = "r.yaml") -> list[GlueError]:
     ("", 1, "a recipe is a mapping"), ("- a", 1, "a recipe is a mapping"), ("steps: []", 1, "needs 'steps'"),
     ("seed: 1", 1, "needs 'steps'"), ("step: []\n" + LINE, 1, "no key 'step'; did you mean 'steps'?"),
     ("seed: 1.5\n" + LINE, 1, "must be a whole number, not 1.5"), ("seed: true\n" + LINE, 1, "not true"),
+    ("device: [cpu]\n" + LINE, 1, "'device' is one word"),
     ("seed: -1\n" + LINE, 1, "a seed lies between"), ("seed: null\n" + LINE, 1, "not null"),
     ("about: [x]\n" + LINE, 1, "'about' must be a word"), ("include: 5\n" + LINE, 1, "'include' is the path"),
     ("include: [1]\n" + LINE, 1, "'include' is the path"), ('include: "a\\0b"\n' + LINE, 1, "'include' is the path"),
@@ -85,6 +86,16 @@ def test_two_files_of_one_name_do_not_hide_each_others_products(tmp_path):
         (tmp_path / name / "zoo.yaml").write_text(LINE)
     error, = mistakes(tmp_path, "include: [one/zoo.yaml, two/zoo.yaml]\n" + LINE)
     assert "'zoo/a' would be made twice" in str(error) and error.place.line == 1
+
+
+def test_words_for_all_lines_reach_includes_and_the_command_line_goes_first(tmp_path):
+    (tmp_path / "base.yaml").write_text("device: cpu\ndtype: float16\nsteps:\n  - {as: z, step: data}\n")
+    (tmp_path / "r.yaml").write_text("device: cuda\nbatch_size: 4\ninclude: base.yaml\n" + LINE)
+    inner, outer = (line.wide for line in read_recipe(tmp_path / "r.yaml").lines)
+    assert inner == {"device": "cuda", "dtype": "float16", "batch_size": 4} and outer == {"device": "cuda",
+                                                                                         "batch_size": 4}
+    inner, outer = (line.wide for line in read_recipe(tmp_path / "r.yaml", wide={"device": "auto"}).lines)
+    assert inner["device"] == outer["device"] == "auto" and inner["dtype"] == "float16"
 
 
 def test_a_seed_is_added_to_those_of_the_lines_and_reaches_includes(tmp_path):

@@ -11,11 +11,15 @@ arrive resolved:
     OnConfig    a merge config of mergekit                   -> Configured
     DataFiles   a file or folder that others have written    -> Member, which no zoo holds
 
+Three parameters say where and how models run, and may be said once for a whole recipe or on the command line: `Device`,
+`RunsIn` (a dtype) and `AtOnce` (a batch size).
+
 Traits: `makes` is the kind of member it leaves; `lone` lets a family of one pass through as it is; `named` says that
 names go into the result, so that they belong to its origin; `writes` says how large the result will be: as `one` of
 the models that go in, or as `all` of them; `holds` what of them is in memory: one that `runs` or `trains` at a time,
 or `pieces`; `resumes` that a draft which a killed run has left goes on where it was; `unkeyed` names parameters that
-say how the work is done and not what comes out, and are no part of the origin. Two functions raise for what cannot
+say how the work is done and not what comes out, and are no part of the origin; `later` those that came later, and are
+none at their default, so that what was made before is still known. Two functions raise for what cannot
 work, before anything runs: `words` is called with the parameters as they are written, `check` with the members too,
 as soon as these are there.
 """
@@ -25,9 +29,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from glue.family import Family, Positive
+from glue.family import Count, Family, Positive
+from glue.kinds import Dtype
 from glue.member import CHANGES, IN_WEIGHTS, Element, Member
 
 if TYPE_CHECKING:
@@ -39,7 +44,7 @@ if TYPE_CHECKING:
     from glue.workers import Workers
 
 steps = Family("steps", "step", "glue.steps", first="Job -> Made",
-               traits=("makes", "lone", "named", "writes", "holds", "resumes", "unkeyed", "words", "check"))
+               traits=("makes", "lone", "named", "writes", "holds", "resumes", "unkeyed", "later", "words", "check"))
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,13 @@ class Takes:
 
 MODELS = ("model", *IN_WEIGHTS)
 RUNS = ("model", *CHANGES, "mixture", "endpoint")
+
+
+@dataclass(frozen=True)
+class Wide:
+    """Marks a parameter for which a recipe, or the command line, may say a value for all lines."""
+
+    word: str
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,10 @@ class Configured:
     config: Config
     models: dict[ModelRef, Member]
 
+
+Device = Annotated[str, Wide("device")]  # cpu, cuda, cuda:1, mps; auto: an accelerator where there is one
+RunsIn = Annotated[Dtype, Wide("dtype")]
+AtOnce = Annotated[Count | Literal["auto"], Wide("batch_size")]
 
 if TYPE_CHECKING:  # what a step's function is given
     One = Member

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from glue.errors import SuiteError
-from glue.family import Count
 from glue.files import append_line, whole_lines
 from glue.member import Member, Score, Table, canonical
-from glue.steps import Job, Made, ManyThatRun, Measured, OnAnySuite, steps
+from glue.steps import AtOnce, Device, Job, Made, ManyThatRun, Measured, OnAnySuite, steps
 from glue.workers import Report
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def noted(suite: Measured, speed: bool, loss: bool, **_: Any) -> None:
 @steps.add("evaluate", makes="table", named=True, holds="runs", unkeyed=("device", "batch_size"), words=usable,
            check=noted)
 def evaluate(job: Job, *, members: ManyThatRun, suite: OnAnySuite, speed: bool = False, loss: bool = False,
-             device: str = "cpu", batch_size: Count | Literal["auto"] = "auto") -> Made:
+             device: Device = "cpu", batch_size: AtOnce = "auto") -> Made:
     """Every member on every task of the suite, item by item. What was measured before is not measured again, and what
     was killed goes on after its last batch.
 
