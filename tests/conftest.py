@@ -20,6 +20,15 @@ WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{k}": k for k in range(3, 40)}}
 
 
 @pytest.fixture
+def one_thread():
+    """Torch on one thread, as in a worker: what is trained has the same bits then."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def tiny(tmp_path) -> Callable[..., Member]:
     """tiny("name", seed=1, hidden_size=24, ...) writes a model folder and returns its member."""
     def make(name: str, *, seed: int = 0, words: dict[str, int] = WORDS, dtype: torch.dtype = torch.float32,

@@ -23,13 +23,7 @@ from glue.tune.items import Item, read_items
 from glue.tune.loop import pad
 from tests.test_proxy import an_adapter
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -53,6 +53,7 @@ from glue.steps import Job
 from glue.tune.zeroth import direction, slope, walk
 from glue.workers import Workers
 from glue.zoo import Zoo
+from tests.federations import breaking, cut_off
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48,
          "max_position_embeddings": 16}
@@ -371,15 +372,7 @@ def test_a_federation_that_was_cut_off_goes_on_and_leaves_the_same_history(place
     from glue.steps import kseed
 
     whole = made(place, base, tmp_path / "whole", rounds=2)
-    answer, asked = kseed.answer, []
-
-    def cut(errand: Any, message: bytes) -> bytes | str:
-        asked.append(errand.client)
-        if len(asked) == 5:
-            raise KeyboardInterrupt
-        return answer(errand, message)
-
-    monkeypatch.setattr(kseed, "answer", cut)
+    asked = cut_off(monkeypatch, kseed, 5)
     with pytest.raises(KeyboardInterrupt):
         made(place, base, tmp_path / "cut", rounds=2)
     assert made(place, base, tmp_path / "cut", rounds=2).digest == whole.digest
@@ -389,14 +382,7 @@ def test_a_federation_that_was_cut_off_goes_on_and_leaves_the_same_history(place
 def test_a_client_that_breaks_is_told_of_and_the_round_goes_on(place, base, tmp_path, monkeypatch):
     from glue.tune import zeroth
 
-    taught = zeroth.taught
-
-    def breaks(*given: Any, **more: Any) -> np.ndarray:
-        if more["data"][0][0].parent.name == "c1":
-            raise MemoryError("no room")
-        return taught(*given, **more)
-
-    monkeypatch.setattr(zeroth, "taught", breaks)
+    breaking(monkeypatch, zeroth, "taught", "c1")
     member = made(place, base, tmp_path / "h", quorum=0.5)
     told = json.loads((member.folder / "ledger.json").read_text())["clients"]
     assert told["c1"]["failed"] == {"1": "MemoryError: no room"} and told["c0"]["rounds"] == [1]

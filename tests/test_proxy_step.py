@@ -20,6 +20,7 @@ from glue.recipe import read_recipe
 from glue.run import run
 from glue.workers import Workers
 from glue.zoo import Zoo
+from tests.words import word_zoo
 
 SHAPE = "{hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 48}"
 RECIPE = f"""\
@@ -52,20 +53,12 @@ IDS = torch.tensor([[1, 60, 62, 65, 61], [1, 61, 59, 63, 70]])
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("steered")
-    for name, word in (("ones", "a"), ("twos", "b")):
-        (folder / name).mkdir()
-        for split, count in (("train", 40), ("dev", 8), ("test", 8)):
-            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(
-                {"question": f"{word} {k % 7} {k % 5} =", "answer": f"{k % 5} {word}", "gold": 0,
-                 "choices": [f"{k % 5} {word}", f"{(k + 1) % 5} {word}"]}) + "\n" for k in range(count)))
-    (folder / "benchmarks/suites").mkdir(parents=True)
-    (folder / "benchmarks/suites/words.yaml").write_text("tasks:\n" + "".join(
-        f"  {task}: {{data: {task}, output: choice, metric: acc, chance: 0.5}}\n" for task in ("ones", "twos")))
-    (folder / "zoo.yaml").write_text("members:\n  ones: {path: ones, kind: dataset}\n"
-                                     "  twos: {path: twos, kind: dataset}\ninclude: zoo/members.yaml\n")
-    (folder / "t.yaml").write_text(RECIPE)
-    return folder
+    def answers(k: int, word: str) -> tuple[str, str]:
+        return f"{k % 5} {word}", f"{(k + 1) % 5} {word}"
+
+    suite = "tasks:\n" + "".join(f"  {task}: {{data: {task}, output: choice, metric: acc, chance: 0.5}}\n"
+                                 for task in ("ones", "twos"))
+    return word_zoo(tmp_path_factory.mktemp("steered"), answers, suite, RECIPE)
 
 
 @pytest.fixture(scope="module")

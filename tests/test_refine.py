@@ -29,15 +29,9 @@ from glue.tune.items import Item, read_items
 from glue.tune.refit import Start, batches
 from glue.workers import Workers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORDS = [f"w{k}" for k in range(3, 40)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # S7: planted corruption

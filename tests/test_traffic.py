@@ -25,6 +25,7 @@ from glue.show.boards import write_boards
 from glue.steps._device import Device, Way, drafting, served
 from glue.workers import Workers
 from glue.zoo import Zoo
+from tests.words import word_zoo
 
 SHAPE = "{hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 48}"
 RECIPE = f"""\
@@ -49,21 +50,12 @@ full: {seeds: [0]}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("far")
-    for name, word in (("ones", "a"), ("twos", "b")):
-        (folder / name).mkdir()
-        for split, count in (("train", 40), ("dev", 8), ("test", 8)):
-            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(
-                {"question": f"{word} {k % 7} {k % 5} =", "answer": f"{word} 1 {word} 2", "gold": 0,
-                 "choices": [f"{word} 1 {word} 2", f"{k % 5} {word}"]}) + "\n" for k in range(count)))
-    (folder / "benchmarks/suites").mkdir(parents=True)
-    (folder / "benchmarks/suites/words.yaml").write_text(
-        "tasks:\n  twos: {data: twos, output: generate, metric: exact_match, chance: 0, max_tokens: 6}\n"
-        "  ones: {data: ones, output: choice, metric: acc, chance: 0.5}\n")
-    (folder / "zoo.yaml").write_text("members:\n  ones: {path: ones, kind: dataset}\n"
-                                     "  twos: {path: twos, kind: dataset}\ninclude: zoo/members.yaml\n")
-    (folder / "t.yaml").write_text(RECIPE + ASKED)
-    return folder
+    def answers(k: int, word: str) -> tuple[str, str]:
+        return f"{word} 1 {word} 2", f"{k % 5} {word}"
+
+    suite = ("tasks:\n  twos: {data: twos, output: generate, metric: exact_match, chance: 0, max_tokens: 6}\n"
+             "  ones: {data: ones, output: choice, metric: acc, chance: 0.5}\n")
+    return word_zoo(tmp_path_factory.mktemp("far"), answers, suite, RECIPE + ASKED)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ from glue.tune.items import Item, draw_batches, read_items
 from glue.tune.loop import pad, share_of_rate, train
 from glue.tune.pretrain import pretrain
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48,
         "max_position_embeddings": 16}
 LORA = {"r": 2, "alpha": 4, "targets": ["q_proj", "v_proj", "up_proj"]}
@@ -33,14 +35,6 @@ def written(folder: Path, pairs: list[tuple[str, str]]) -> Path:
              for question, answer in pairs]
     (folder / "train.jsonl").write_text("".join(lines))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from glue.serve.answers import chat_logs, head, route, usage
 from glue.serve.docs import ERRORS, STREAM
-from glue.serve.exchange import Exchange
+from glue.serve.exchange import Exchange, kept
 from glue.serve.problems import Problem
 from glue.serve.rows import News
 from glue.serve.schema import Chat
@@ -26,12 +26,8 @@ def chats(served: Served) -> APIRouter:
         served.check_name(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise Problem(400, "top_logprobs needs logprobs true", param="top_logprobs")
-        exchange = Exchange(served, request)
-        try:
+        async with kept(served, request) as exchange:
             return await _answered(exchange, body)
-        except BaseException:
-            exchange.close()
-            raise
 
     return router
 

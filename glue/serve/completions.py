@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from glue.serve.answers import Logs, head, route, usage
 from glue.serve.docs import ERRORS, STREAM
-from glue.serve.exchange import Exchange
+from glue.serve.exchange import Exchange, kept
 from glue.serve.problems import Problem
 from glue.serve.prompts import Prompt, Prompts
 from glue.serve.rows import News
@@ -28,12 +28,8 @@ def completions(served: Served) -> APIRouter:
         served.check_name(body.model)
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise Problem(400, "best_of other than n is not built", param="best_of")
-        exchange = Exchange(served, request)
-        try:
+        async with kept(served, request) as exchange:
             return await _answered(exchange, body)
-        except BaseException:
-            exchange.close()
-            raise
 
     return router
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import Request
@@ -84,6 +85,17 @@ class Exchange:
         self.stop_watching()
         for job in self._jobs:
             job.cancel()
+
+
+@asynccontextmanager
+async def kept(served: Served, request: Request) -> AsyncIterator[Exchange]:
+    """An exchange that whoever sends its answer closes, since a stream goes on; here only where there is none."""
+    exchange = Exchange(served, request)
+    try:
+        yield exchange
+    except BaseException:
+        exchange.close()
+        raise
 
 
 async def _left(request: Request) -> None:

@@ -1,4 +1,4 @@
-"""A terminal: where tables go, bars while something takes long, and sizes as people say them."""
+"""A terminal: where tables go and how they look, bars while something takes long, and sizes as people say them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rich.progress import (
     TransferSpeedColumn,
     track,
 )
+from rich.table import Table as Grid
 
 from glue.member import Member
 from glue.plan import Plan, Task
@@ -101,3 +102,15 @@ def human(size: int) -> str:
             return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
         number /= 1000
     return f"{number:.1f} TB"
+
+
+def titled(out: Console, title: str, headings: list[str], rows: list[list[str]]) -> None:
+    """A title, and a table below it."""
+    out.print(f"\n[italic]{escape(title)}[/]")
+    # a title of the table would be broken to its width
+    grid = Grid(box=None, pad_edge=False)
+    for k, heading in enumerate(headings):
+        grid.add_column(escape(heading), justify="right" if k else "left", no_wrap=not k)
+    for row in rows:
+        grid.add_row(*map(escape, row))
+    out.print(grid)

@@ -8,8 +8,7 @@ from rich.markup import escape
 
 from glue.plan import Plan
 from glue.report.traffic import CLOSING, Report, read, tables
-from glue.show.routes import titled
-from glue.show.terminal import console
+from glue.show.terminal import console, titled
 
 
 def print_traffic(report: Report, as_json: bool = False) -> None:
