@@ -161,6 +161,8 @@ class _Run:
         """Run one step into a draft folder and publish it."""
         assert task.origin is not None
         final = task.folder(self.zoo)
+        if (left := self._left(task, final)) is not None:
+            return left
         draft = self._draft(task)
         made = self._made(task, draft)
         origin = replace(task.origin, made_with=made_with(self.workers))
@@ -188,6 +190,29 @@ class _Run:
             if kept := publish(draft, final):
                 self._note("kept", task, folder=kept.name)  # what had been changed by hand there
         return member
+
+    def _left(self, task: Task, final: Path) -> Member | None:
+        """What was published of this very task and is not registered, as after a kill between the two.
+
+        None where there is nothing, where it is not what its note says, and for groups, which know their elements.
+        """
+        assert task.origin is not None
+        try:
+            note = json.loads((final / FOLDER_NOTE).read_bytes())
+            if note["key"] != task.origin.key or note["kind"] == "group":
+                return None
+            known = {"name": task.name, "tags": frozenset(task.line.tags), "seen": frozenset(note["seen"]),
+                     "origin": replace(task.origin, made_with=note["origin"]["made_with"]), "note": note["note"]}
+            alike = [member for member in task.inputs if member.digest == note["digest"]]
+            if alike and not checkpoints(final):  # the folder is only a record
+                return replace(alike[0], **known)
+            base = self.zoo[note["base"]] if note["base"] else None
+            fingerprint, digest = identify(final, self.zoo.digests)
+            found = self.zoo.with_base(Member(kind=note["kind"], path=str(final), base=base, fingerprint=fingerprint,
+                                              digest=digest, licence=note["licence"], **known))
+        except (OSError, ValueError, KeyError, TypeError, GlueError):
+            return None
+        return found if found.digest == note["digest"] else None
 
     def _draft(self, task: Task) -> Path:
         """An empty folder; or what a killed run has left of this very task, where its step can go on from that."""

@@ -325,6 +325,21 @@ def test_any_number_of_workers_finds_the_same(place):
         assert told(searched(place(f"by-{number}", SEARCHES), Workers(number))) == alone
 
 
+def test_a_search_that_was_killed_before_it_could_be_registered_is_not_made_again(place, monkeypatch):
+    from glue import run as running
+
+    folder = place("own", """steps:
+  - {as: one, step: search, members: [m0, m1], suite: own.yaml:dev, budget: 2, merge: linear, strategy: greedy}
+  - {as: found, step: search, members: [m0, m1], suite: own.yaml:dev, budget: 60, merge: linear, strategy: paper}
+""")
+    before = [task.member for task in searched(folder, Workers(0))]
+    assert before[0].path in [member.path for member in Zoo(folder / "zoo.yaml") if not member.origin]  # as it is
+    for name in ("r/one", "r/found"):
+        Zoo(folder / "zoo.yaml").remove(name)
+    monkeypatch.setattr(running._Run, "_made", None)
+    assert [task.member for task in searched(folder, Workers(0))] == before
+
+
 @pytest.mark.slow
 def test_any_number_of_workers_on_ray_finds_the_same(place):
     from glue.workers_ray import RayWorkers

@@ -248,15 +248,33 @@ def test_a_name_in_the_zoo_points_to_the_newest_version(ran, place):
     assert (place / "zoo/r/sum").resolve() == Path(second.path) != Path(first.path)
 
 
-def test_a_folder_that_was_published_and_not_registered_is_taken_as_it_is(ran, place):
+def test_a_folder_that_was_published_and_not_registered_is_taken_as_it_is(ran, place, monkeypatch):
     """As after a kill between the two, or beside another run of the same recipe."""
+    from glue import run as running
+
     member = ran(MERGES)["mean"]
     made = (Path(member.path) / "model.safetensors").stat().st_ino
     Zoo(place / "zoo.yaml").remove("r/mean")
-    again = ran(MERGES)["mean"]
-    assert (again.digest, again.path) == (member.digest, member.path)
+    with monkeypatch.context() as patch:
+        patch.setattr(running._Run, "_made", None)  # nothing is made
+        again = ran(MERGES)["mean"]
+    assert again == member and again.origin.made_with == member.origin.made_with
     assert (Path(member.path) / "model.safetensors").stat().st_ino == made
     assert not [path for path in (place / "zoo/r").iterdir() if "replaced" in path.name]
+
+
+def test_a_published_folder_that_is_not_what_its_note_says_is_made_again(ran, place):
+    member = ran(MERGES)["mean"]
+    note = json.loads((member.folder / FOLDER_NOTE).read_text())
+    for damage in ({"key": "0" * 64}, {"digest": "0" * 32}, {"origin": None}):
+        (member.folder / FOLDER_NOTE).write_text(json.dumps({**note, **damage}))
+        Zoo(place / "zoo.yaml").remove("r/mean")
+        assert ran(MERGES)["mean"].digest == member.digest
+    with open(member.folder / "model.safetensors", "r+b") as file:
+        file.seek(-8, 2)
+        file.write(b"\1" * 8)
+    Zoo(place / "zoo.yaml").remove("r/mean")
+    assert ran(MERGES)["mean"].digest == member.digest
 
 
 def test_a_name_that_becomes_a_group_does_not_write_into_the_member_it_was(ran, place):
