@@ -58,11 +58,12 @@ class ZooError(GlueError):
 
 
 class NotHere(ZooError):
-    """A member of the hub that is not on this machine; `command` gets it."""
+    """A member of the hub that is not on this machine; `command` gets it. part: what of it is missing, if not all."""
 
-    def __init__(self, name: str, command: str):
-        super().__init__(f"{name} is not on this machine", fix=f"get it with  {command}")
-        self.command = command
+    def __init__(self, name: str, command: str, part: str = ""):
+        super().__init__(f"only a part of {name} is on this machine: {part} is missing" if part
+                         else f"{name} is not on this machine", fix=f"get it with  {command}")
+        self.command, self.part = command, part
 
 
 class CheckpointError(GlueError):
