@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
-from glue.errors import GlueError, RunError, one_line
+from glue.errors import GlueError, RunError, Unreachable, one_line
 from glue.files import write_aside
 from glue.hub import Address
 from glue.snapshot import blob_name, is_blob, refuse_strange
@@ -357,13 +357,13 @@ def _asked(address: Address) -> Iterator[None]:
         raise _cut(address, problem) from None
 
 
-def _cut(address: Address, problem: Exception) -> RunError:
+def _cut(address: Address, problem: Exception) -> Unreachable:
     from huggingface_hub import constants
 
     said = one_line(str(problem).strip().partition("\n")[0] or type(problem).__name__, 160)
-    return RunError(f"{address} could not be fetched from {constants.ENDPOINT}: {said}",
-                    fix="check the network, HTTPS_PROXY and HF_ENDPOINT, and run the same command again: it goes on "
-                        "where it was")
+    return Unreachable(f"{address} could not be fetched from {constants.ENDPOINT}: {said}",
+                       fix="check the network, HTTPS_PROXY and HF_ENDPOINT, and run the same command again: it goes on "
+                           "where it was")
 
 
 def _login(text: str) -> str:

@@ -8,6 +8,7 @@
     ├── MethodError        a registered method and its parameters
     ├── SuiteError         a suite, its task files and its data
     └── RunError           a task that failed while it ran; the run can be resumed
+        └── Unreachable    the hub, which cannot be asked at all
 """
 
 from __future__ import annotations
@@ -82,6 +83,10 @@ class SuiteError(GlueError):
 
 class RunError(GlueError):
     """A task that failed while it ran; what was finished is kept."""
+
+
+class Unreachable(RunError):
+    """The hub cannot be asked at all, or does not go on answering."""
 
 
 class Mistakes(GlueError):

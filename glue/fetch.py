@@ -13,7 +13,7 @@ from typing import Any
 from glue.checkpoint import INDEX, indexed
 from glue.document import read
 from glue.download import File, Listing, bring, cache_folder, listed, offline, small
-from glue.errors import GlueError, Mistakes, NotHere, RunError, ZooError, did_you_mean, one_line
+from glue.errors import GlueError, Mistakes, NotHere, RunError, Unreachable, ZooError, did_you_mean, one_line
 from glue.hub import HUB, Address, address, locate
 from glue.member import Member
 from glue.plan import make_plan, present
@@ -164,10 +164,10 @@ def looked_up(some: Sequence[Asked]) -> list[Bundle]:
     for one in some:
         try:
             found.append(bundle(one, listed(one.address)))
+        except Unreachable:
+            raise
         except GlueError as problem:
             wrong.append(problem)
-            if len(wrong) > 1 and wrong[-2].fix == problem.fix and "network" in problem.fix:
-                break  # one of them says it for all
     if wrong:
         raise wrong[0] if len(wrong) == 1 else Mistakes(wrong)
     return found

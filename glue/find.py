@@ -218,7 +218,7 @@ class Finder:
             return _joined(late)
         data = {word: one for word, one in found.items() if isinstance(one, Member)}
         for word, member in data.items():
-            if member.folder.exists() and not (member.folder / f"{split}.jsonl").is_file():
+            if _there(member) and not (member.folder / f"{split}.jsonl").is_file():
                 raise RecipeError(f"dataset '{word}' has no split '{split}'", fix=f"make it with  {split}: 200")
         return Measured(suite, split, data, sources)
 
@@ -254,6 +254,13 @@ class Finder:
             raise RecipeError(f"there is no suite '{name}'{did_you_mean(name, known)}",
                               fix=f"suites are {folder.name}/NAME.yaml, or a path ending in .yaml beside the recipe")
         return file
+
+
+def _there(member: Member) -> bool:
+    try:
+        return member.folder.exists()
+    except NotHere:
+        return False
 
 
 def _joined(late: list[Pending], beside: Iterable[Member] = ()) -> Pending:

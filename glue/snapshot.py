@@ -21,7 +21,7 @@ from glue.member import FOLDER_NOTE
 
 RECORDS = {".parquet", ".jsonl", ".ndjson", ".json"}  # of datasets; .arrow too where `datasets` has saved them
 TEXTS = {".json", ".jsonl", ".jinja", ".txt", ".md", ".model", ".parquet", ".yaml", ".yml"}  # beside a model's weights
-OTHERS = re.compile(r".*\.(bin|msgpack|h5|pt|pth|ckpt)\.index\.json")  # indices of weights that are not read
+OTHERS = re.compile(r".*\.index\.json")  # which are chosen with the weights that they are of
 TERMS = re.compile(r"(licen[cs]e|notice|copying|use_policy|readme)[^/]*", re.I)
 PART = re.compile(r"(?:experts|pair)/[^/]+")  # models within a mixture by text, or a proxy
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt"}
@@ -63,7 +63,7 @@ def _model(there: Collection[str], kind: str, shards: Shards) -> Iterator[str]:
         else:
             chosen |= names & {SINGLE, ADAPTER, HISTORY}
         if INDEX in names and SINGLE not in names and not (kind == "adapter" and ADAPTER in names):
-            chosen |= set(shards(place))  # also those that are not there, which somebody has to tell
+            chosen |= {INDEX, *shards(place)}  # also those that are not there, which somebody has to tell
         yield from (f"{place}/{name}" if place else name for name in chosen)
 
 

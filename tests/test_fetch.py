@@ -10,19 +10,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import LlamaForCausalLM
 
 from glue import fetch
 from glue.care import verified
 from glue.checkpoint import Checkpoint
 from glue.cli_zoo import brought
-from glue.errors import GlueError, NotHere, RunError, ZooError
+from glue.errors import GlueError, NotHere, RunError, Unreachable, ZooError
 from glue.fetch import asked, check_room, fetched, looked_up
 from glue.hub import address, locate
 from glue.identity import identify
@@ -154,8 +156,8 @@ def test_pickles_code_and_second_sets_of_weights_are_not_fetched(hub, cache, mod
 
 @pytest.mark.parametrize("names, kind, want", [
     ({"model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"}, "model",
-     {"model.safetensors", "model.safetensors.index.json"}),
-    ({"adapter_model.safetensors", "model.safetensors", "adapter_config.json"}, "adapter",
+     {"model.safetensors"}),
+    ({"adapter_model.safetensors", "model.safetensors.index.json", "adapter_config.json"}, "adapter",
      {"adapter_model.safetensors", "adapter_config.json"}),
     ({"glue.json", "model.safetensors", "gates.safetensors", "x.bin"}, "mixture",
      {"glue.json", "model.safetensors", "gates.safetensors"}),
@@ -222,6 +224,14 @@ def test_a_merge_config_brings_the_models_that_it_names(tmp_path, hub, cache, mo
     assert found.asked.called == "hub:owner/llama" and locate("hub:owner/llama").is_dir()
 
 
+def test_what_others_have_downloaded_in_part_by_patterns_is_found_if_it_is_enough(hub, cache, models):
+    commit = hub.hold("owner/llama", models["one"])
+    snapshot_download("owner/llama", allow_patterns=["*.json", "model.safetensors"], cache_dir=cache)
+    with pytest.raises(LocalEntryNotFoundError):  # the library misses the pickles
+        snapshot_download("owner/llama", local_files_only=True, cache_dir=cache)
+    assert whole("hub:owner/llama") == snapshot(cache, "owner/llama", commit)
+
+
 # going on
 
 def large(models: dict[str, dict[str, bytes]]) -> tuple[dict[str, bytes], bytes]:
@@ -262,6 +272,16 @@ def test_a_fetch_that_was_killed_goes_on_where_it_was(tmp_path, hub, cache, mode
     assert hub.sent == [("model.safetensors", kept, len(data) - kept)]  # and the small files are not sent again
     assert (snapshot(cache, "owner/llama", commit) / "model.safetensors").read_bytes() == data
     assert not list(blobs.glob("*.incomplete"))
+
+
+def test_two_that_fetch_the_same_at_one_time_have_it_sent_once(hub, cache, models):
+    files, data = large(models)
+    commit = hub.hold("owner/llama", files)
+    with ThreadPoolExecutor(2) as threads:
+        for each in [threads.submit(bring, "hub:owner/llama") for _ in range(2)]:
+            each.result()
+    assert hub.whole("model.safetensors") == [(0, len(data))]
+    assert (snapshot(cache, "owner/llama", commit) / "model.safetensors").read_bytes() == data
 
 
 def test_what_arrives_damaged_is_thrown_away_and_told(hub, cache, models):
@@ -326,10 +346,18 @@ def test_a_repository_with_pickles_alone_is_refused_with_the_way_to_convert_it(h
 
 def test_without_a_network_it_says_so_once(hub, cache, models, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
-    with pytest.raises(GlueError) as told:
+    with pytest.raises(Unreachable, match="owner/llama could not be fetched from http://127.0.0.1:9") as told:
+        bring("hub:owner/llama", "hub:owner/two")
+    assert "check the network" in str(told.value) and "owner/two" not in str(told.value)
+
+
+@pytest.mark.parametrize("status, fix", [(500, "try later"), (403, "a token that may read it")])
+def test_what_the_hub_refuses_is_told(status, fix, hub, cache, models):
+    hub.hold("owner/llama", models["one"])
+    hub.refuses = status
+    with pytest.raises(RunError, match=f"owner/llama: the hub answered {status}") as told:
         bring("hub:owner/llama")
-    assert "owner/llama could not be fetched from http://127.0.0.1:9" in str(told.value)
-    assert "check the network" in str(told.value)
+    assert fix in str(told.value)
 
 
 def test_offline_it_says_exactly_what_is_missing_and_how_it_comes(tmp_path, hub, cache, models, monkeypatch, capsys):
@@ -520,10 +548,19 @@ def test_the_same_records_from_the_hub_and_from_a_folder_are_the_same_dataset(tm
 def test_a_dataset_member_may_lie_on_the_hub(tmp_path, hub, cache):
     item = b'{"question": "w3", "choices": ["w4", "w5"], "gold": 0, "answer": "w4"}\n'
     hub.hold("owner/questions", {f"{split}.jsonl": item * 3 for split in ("dev", "test")}, kind="dataset")
-    (tmp_path / "zoo.yaml").write_text("members: {asked: {path: hub:owner/questions, kind: dataset}}\n")
+    suites = tmp_path / "benchmarks" / "suites"
+    suites.mkdir(parents=True)
+    (suites / "own.yaml").write_text("tasks: {it: {data: asked, output: choice, metric: acc, chance: 0.5}}\n")
+    (tmp_path / "zoo.yaml").write_text("members:\n  asked: {path: hub:owner/questions, kind: dataset}\n"
+                                       "  llama: {path: hub:owner/llama}\n")
+    (tmp_path / "r.yaml").write_text("steps: [{as: scored, step: evaluate, members: [llama], suite: 'own:dev'}]\n")
     zoo = Zoo(tmp_path / "zoo.yaml")
     with pytest.raises(NotHere, match="hf download owner/questions --repo-type dataset"):
         zoo.identified(zoo["asked"])
+    task, = make_plan(read_recipe(tmp_path / "r.yaml"), zoo, missing=True)
+    assert {member.name for member in task.lacks} == {"asked", "llama"}
+    assert {one.address.command for one in asked([str(tmp_path / "r.yaml")], lambda: zoo)} == {
+        "hf download owner/questions --repo-type dataset", "hf download owner/llama"}
     bring("asked", zoo=zoo)
     assert zoo["asked"].folder == locate("hub:owner/questions", "dataset")
     assert (zoo["asked"].folder / "dev.jsonl").read_bytes() == item * 3 and zoo.identified(zoo["asked"]).digest
