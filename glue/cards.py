@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from glue.errors import ZooError
 from glue.family import marks
 from glue.files import write_aside
-from glue.hub import locate
+from glue.hub import address, locate
 from glue.kinds.card import Card, Source, card_text
 from glue.kinds.licence import clashing, licence_of
 from glue.member import FOLDER_NOTE, Member, Origin
@@ -58,12 +58,12 @@ def source(member: Member) -> Source:
     """A member as cards and notes name it: by its id where it is on the hub, with the commit that was read."""
     name, revision, licence = member.name, "", member.licence
     hub = member.path.startswith("hub:")
+    found = address(member.path, member.kind) if hub else None
     with suppress(ZooError):  # what was removed since is named all the same
-        folder = locate(member.path)
+        folder = locate(member.path, member.kind)
         licence = licence or licence_of(folder)
-        if hub:
-            name = member.path.removeprefix("hub:").partition("@")[0]
-            revision = folder.name  # snapshots/<commit>
+        if found:
+            name, revision = found.name, found.commit
     return Source(name, hub, revision, member.digest, licence)
 
 

@@ -15,9 +15,10 @@ from glue.errors import SuiteError, ZooError, did_you_mean, one_line
 from glue.evaluate.imported import IMPORTED, add_scores
 from glue.evaluate.suite import parse
 from glue.files import REPLACED, write_aside
-from glue.hub import locate
+from glue.hub import address
 from glue.identity import identify
 from glue.member import CHANGES, FOLDER_NOTE, Member, with_article
+from glue.snapshot import blob_name, is_blob, whole
 from glue.zoo import KINDS, NAME, NAME_RULE, Zoo
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
@@ -58,7 +59,7 @@ def added(zoo: Zoo, path: str, name: str | None, kind: str, base: str | None, ta
     if HUB_NAME.fullmatch(path) and not Path(path).exists():
         path = f"hub:{path}"
     place = path if path.startswith("hub:") else str(Path(path).resolve())
-    folder = locate(place)
+    folder = whole(place, kind)
     if kind == "model" and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ZooError(f"{folder} holds an adapter", fix="add  --kind adapter --base NAME")
     told = path.removeprefix("hub:").partition("@")[0] if path.startswith("hub:") else Path(path).absolute().name
@@ -91,16 +92,27 @@ def imported(zoo: Zoo, words: Sequence[str], folder: Path, suite: str = "") -> s
 
 
 def verified(zoo: Zoo, name: str) -> Iterator[str]:
-    """Every file of a member with its sha256, after its digest was computed anew. Raises ZooError on a difference."""
-    member = zoo[name]
-    folder = locate(member.path)
-    _, digest = identify(folder)
-    now = zoo.with_base(Member(name, member.kind, member.path, base=member.base, digest=digest)).digest
+    """Every file of a member with its sha256, then its digest, computed anew. Raises ZooError on a difference.
+
+    What lies in the cache of the hub is held against the sums that its blobs are called after, too.
+    """
+    member, damaged = zoo[name], list[Path]()
+    folder = whole(member.path, member.kind)
     for file in [folder] if folder.is_file() else sorted(folder.rglob("*")):
         if file.is_file():
             shown = file.name if file == folder else file.relative_to(folder)
             with open(file, "rb") as stream:
-                yield f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {shown}"
+                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            if (blob := blob_name(file)) and not is_blob(file, blob, sha256):
+                damaged.append(file)
+            yield f"{sha256}  {shown}"
+    if damaged:
+        blobs = " ".join(str(file.resolve()) for file in damaged)
+        names = ", ".join(file.name for file in damaged)
+        raise ZooError(f"'{name}' is damaged: {names} no longer holds what the hub has sent",
+                       fix=f"rm {blobs} , then  {address(member.path, member.kind).ours}")
+    _, digest = identify(folder)
+    now = zoo.with_base(Member(name, member.kind, member.path, base=member.base, digest=digest)).digest
     if member.digest and now != member.digest:
         raise ZooError(f"'{name}' has changed: its digest is {now}, registered is {member.digest}",
                        fix="run its recipe again, which makes it anew, or remove it from the zoo")

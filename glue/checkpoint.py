@@ -99,7 +99,7 @@ class Checkpoint(Mapping[str, Tensor]):
                     raise CheckpointError(f"{file}: '{name}' is also in {self.headers[name].file}",
                                           fix="every tensor may stand in one shard only; write the checkpoint again")
                 self.headers[name] = header
-        lost = sorted(set(_indexed(self.path)) - set(self.headers))
+        lost = sorted(set(indexed(self.path)) - set(self.headers))
         if lost:
             raise CheckpointError(f"{self.path}: the index names '{lost[0]}', which is in none of its shards "
                                   f"({len(lost)} tensors are missing)", fix="download or write the checkpoint again")
@@ -147,7 +147,7 @@ class Checkpoint(Mapping[str, Tensor]):
 def _shards(path: Path) -> list[Path]:
     if path.is_file() and path.suffix == ".safetensors":
         return [path]
-    names = sorted(set(_indexed(path).values()))
+    names = sorted(set(indexed(path).values()))
     if names:
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
@@ -165,7 +165,7 @@ def _shards(path: Path) -> list[Path]:
                           fix="give a model folder with model.safetensors, or a .safetensors file")
 
 
-def _indexed(path: Path) -> dict[str, str]:
+def indexed(path: Path) -> dict[str, str]:
     """Tensor -> shard, as the index of a folder says; nothing where there is none, or a single file beside it.
 
     transformers too takes the single file where both are there, so what is merged is what runs.

@@ -15,7 +15,7 @@ import typer
 
 from glue.cli_federate import federate_app
 from glue.cli_serve import serve
-from glue.cli_zoo import HERE, Json, Quiet, ZooFile, opened, zoo_app
+from glue.cli_zoo import HERE, Json, Quiet, ZooFile, brought, opened, zoo_app
 from glue.errors import GlueError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -62,8 +62,9 @@ def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
         threads: Annotated[int, typer.Option(help="Threads of each process; more than one may change last bits.")] = 1,
         full: Annotated[bool, typer.Option(help="Run with each seed of the recipe's `full`; write boards.")] = False,
         on: Annotated[str, typer.Option(help="Where workers run: here or ray.")] = "here",
-        device: OnDevice = "", dtype: RunsIn = "", batch_size: AtOnce = "", quiet: Quiet = False,
-        as_json: Json = False) -> None:
+        device: OnDevice = "", dtype: RunsIn = "", batch_size: AtOnce = "",
+        fetch: Annotated[bool, typer.Option("--fetch", help="First bring from the hub what is missing.")] = False,
+        quiet: Quiet = False, as_json: Json = False) -> None:
     """Make everything a recipe asks for; what exists already is not made again."""
     from glue.board import leaderboard
     from glue.recipe import read_recipe
@@ -75,6 +76,8 @@ def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
     seeds = read_recipe(recipe).full_seeds if full else (seed,)
     if not seeds:
         raise GlueError(f"{recipe} has no 'full: {{seeds: [...]}}'", fix="add it, or leave out --full")
+    if fetch:
+        brought([str(recipe)], zoo, quiet=quiet, aside=True)
     plans = []
     for one in seeds:
         read, found = read_recipe(recipe, seed=one, wide=_wide(device, dtype, batch_size)), opened(zoo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -182,6 +183,36 @@ def zoo_card(member: str, out: Annotated[Path | None, typer.Option(help="Write i
         write_aside(out, text)
     else:
         print(text, end="")
+
+
+@zoo_app.command("fetch")
+def zoo_fetch(what: Annotated[list[str], typer.Argument(help="Names, tag:x, hub:owner/name[@revision], or recipes: "
+                                                              "what their plans lack.")],
+              kind: Annotated[str, typer.Option(help="Of what a hub: path names: model, adapter, dataset.")] = "model",
+              dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell files, bytes and room.")] = False,
+              zoo: ZooFile = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
+    """Bring members from the hub into its cache: safetensors, configuration, tokenizer, cards; goes on after a kill."""
+    brought(what, zoo, kind, dry_run, quiet, as_json)
+
+
+def brought(what: Sequence[str], zoo: Path, kind: str = "model", dry_run: bool = False, quiet: bool = False,
+            as_json: bool = False, aside: bool = False) -> None:
+    """Fetch, telling first what will come, and then which commit has come and where it lies.
+
+    aside  all of it on standard error, since something else has the results
+    """
+    from glue.fetch import asked, fetched, looked_up
+    from glue.show.fetch import fetching, print_bundles, print_fetched
+
+    some = asked(what, lambda: opened(zoo), kind)
+    bundles = looked_up(some)
+    if not as_json and (dry_run or not quiet):
+        print_bundles(some, bundles, error=not dry_run)
+    if not dry_run:
+        with fetching(quiet or as_json) as report:
+            fetched(bundles, report)
+    if not (aside and quiet):
+        print_fetched(bundles, dry_run, as_json, error=aside)
 
 
 @zoo_app.command()

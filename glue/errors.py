@@ -8,6 +8,7 @@
     ├── MethodError        a registered method and its parameters
     ├── SuiteError         a suite, its task files and its data
     └── RunError           a task that failed while it ran; the run can be resumed
+        └── Unreachable    the hub, which cannot be asked at all
 """
 
 from __future__ import annotations
@@ -58,11 +59,12 @@ class ZooError(GlueError):
 
 
 class NotHere(ZooError):
-    """A member of the hub that is not on this machine; `command` gets it."""
+    """A member of the hub that is not on this machine; `command` gets it. part: what of it is missing, if not all."""
 
-    def __init__(self, name: str, command: str):
-        super().__init__(f"{name} is not on this machine", fix=f"get it with  {command}")
-        self.command = command
+    def __init__(self, name: str, command: str, part: str = ""):
+        super().__init__(f"only a part of {name} is on this machine: {part} is missing" if part
+                         else f"{name} is not on this machine", fix=f"get it with  {command}")
+        self.command, self.part = command, part
 
 
 class CheckpointError(GlueError):
@@ -81,6 +83,10 @@ class SuiteError(GlueError):
 
 class RunError(GlueError):
     """A task that failed while it ran; what was finished is kept."""
+
+
+class Unreachable(RunError):
+    """The hub cannot be asked at all, or does not go on answering."""
 
 
 class Mistakes(GlueError):

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glue.errors import GlueError, RecipeError, did_you_mean
+from glue.errors import GlueError, NotHere, RecipeError, did_you_mean
 from glue.member import Element, Member, Origin
 from glue.recipe import Line, Recipe
+from glue.snapshot import whole
 from glue.steps import Configured, Measured, Takes
 from glue.zoo import Zoo
 
@@ -51,7 +52,10 @@ class Finder:
             if takes.how == "config":
                 return self._config(takes, value, line)
             if takes.how == "files":
-                return files(self.zoo, Path(line.document.file).parent, value, line.params.get("split"))
+                try:
+                    return files(self.zoo, Path(line.document.file).parent, value, line.params.get("split"))
+                except NotHere:  # the plan tells it, or goes on without
+                    return Member(value, "dataset", value)
             if takes.how == "one":
                 return self._checked(self.one(value, line.recipe, element, line), takes, value, line)
             if takes.how == "shares":
@@ -214,7 +218,7 @@ class Finder:
             return _joined(late)
         data = {word: one for word, one in found.items() if isinstance(one, Member)}
         for word, member in data.items():
-            if member.folder.exists() and not (member.folder / f"{split}.jsonl").is_file():
+            if _there(member) and not (member.folder / f"{split}.jsonl").is_file():
                 raise RecipeError(f"dataset '{word}' has no split '{split}'", fix=f"make it with  {split}: 200")
         return Measured(suite, split, data, sources)
 
@@ -252,6 +256,13 @@ class Finder:
         return file
 
 
+def _there(member: Member) -> bool:
+    try:
+        return member.folder.exists()
+    except NotHere:
+        return False
+
+
 def _joined(late: list[Pending], beside: Iterable[Member] = ()) -> Pending:
     return Pending(tuple(dict.fromkeys(name for one in late for name in one.names)), late[0].kind, tuple(beside))
 
@@ -259,16 +270,13 @@ def _joined(late: list[Pending], beside: Iterable[Member] = ()) -> Pending:
 def files(zoo: Zoo, folder: Path, path: str, split: str | None) -> Member:
     """Files that others have written, as what goes into a product: named as seen from the zoo, known by their bytes.
 
-    folder  from which the path is seen
-    Raises SuiteError where it is not clear which files are meant.
+    folder  from which the path is seen; of a dataset on the hub nothing, since that has the same path everywhere
+    Raises SuiteError where it is not clear which files are meant, NotHere for what has to be fetched first.
     """
     from glue.tune.records import files_of
 
     if path.startswith("hub:"):
-        name = path.removeprefix("hub:")
-        raise RecipeError(f"'{path}' is on the hub, and only files of this machine are read",
-                          fix=f"hf download {name} --repo-type dataset --local-dir {name.rsplit('/', 1)[-1]} , and "
-                              f"name that folder")
+        return Member(path, "dataset", path, digest=files_of(whole(path, "dataset"), split).digest(), origin=FOUND)
     place, here = (Path(os.path.abspath(one)) for one in (folder / path, zoo.file.parent))
     name = str(place.relative_to(here)) if place.is_relative_to(here) else str(place)
     return Member(name, "dataset", str(place), digest=files_of(place, split).digest(), origin=FOUND)

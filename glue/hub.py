@@ -1,4 +1,7 @@
-"""The Hugging Face hub as a place where members are: found in the local cache, never fetched; sent where asked to."""
+"""The Hugging Face hub as a place where members are: found in the local cache; sent where asked to.
+
+What is not in the cache is fetched by `glue/download.py`, and only where somebody asks for that.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,80 @@ from typing import Any, Literal
 from glue.errors import NotHere, RunError, ZooError, one_line
 
 _WORD = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
-HUB = re.compile(rf"hub:{_WORD}(/{_WORD})?(@[A-Za-z0-9][A-Za-z0-9._/-]*)?")
+_REVISION = r"(@[A-Za-z0-9][A-Za-z0-9._/-]*)?"
+HUB = re.compile(rf"hub:{_WORD}(/{_WORD})?{_REVISION}")
+_DATA = re.compile(rf"hub:{_WORD}(/{_WORD}(/[A-Za-z0-9_][A-Za-z0-9._ -]*)*)?{_REVISION}")
 _FIX = "write hub:owner/name or hub:owner/name@revision"
+_DATA_FIX = "write hub:owner/name, hub:owner/name/folder, and @revision after it where it shall not be the newest"
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _STALE = re.compile(r"(experts/[^/]+/)?[^/]+\.safetensors(\.index\.json)?")  # weights, not to be mixed with ours
 Repository = Literal["model", "dataset"]
 REFUSED = {401: ("the hub does not know this token, or there is none", "hf auth login , or set HF_TOKEN"),
            403: ("this token may not write there", "take a token that may write, of an account that owns it"),
            404: ("there is no such repository for this token", "check owner and name, and whose token it is")}
+
+
+@dataclass(frozen=True)
+class Address:
+    """What a hub path says.
+
+    revision  a branch, a tag or a commit; nothing: the branch main
+    inner     of a dataset, the folder or file in it that is meant; nothing: all of it
+    """
+
+    name: str
+    revision: str = ""
+    kind: Repository = "model"
+    inner: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}{f'@{self.revision}' if self.revision else ''}"
+
+    @property
+    def path(self) -> str:
+        """As members and recipes write it."""
+        return f"hub:{'/'.join(filter(None, (self.name, self.inner)))}{f'@{self.revision}' if self.revision else ''}"
+
+    @property
+    def command(self) -> str:
+        """How the hub's own command gets all of it."""
+        return (f"hf download {self.name}" + (f" --revision {self.revision}" if self.revision else "")
+                + (" --repo-type dataset" if self.kind == "dataset" else ""))
+
+    @property
+    def ours(self) -> str:
+        """How glue gets what it needs of it."""
+        return f"glue zoo fetch {self.path}" + (" --kind dataset" if self.kind == "dataset" else "")
+
+    @property
+    def page(self) -> str:
+        """Where people read of it."""
+        from huggingface_hub import constants
+
+        return f"{constants.ENDPOINT}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
+
+    @property
+    def moves(self) -> bool:
+        """Whether what it means may change: it names no commit."""
+        return not COMMIT.fullmatch(self.revision)
+
+    @property
+    def storage(self) -> Path:
+        """Its folder in the cache: blobs, refs, snapshots."""
+        from huggingface_hub import constants
+
+        return Path(constants.HF_HUB_CACHE).expanduser() / f"{self.kind}s--{self.name.replace('/', '--')}"
+
+    @property
+    def commit(self) -> str:
+        """The commit that it means on this machine; nothing where none was fetched."""
+        if not self.moves:
+            return self.revision
+        try:
+            told = (self.storage / "refs" / (self.revision or "main")).read_text().strip()
+        except (OSError, UnicodeDecodeError):
+            return ""
+        return told if COMMIT.fullmatch(told) else ""
 
 
 @dataclass(frozen=True)
@@ -42,36 +112,50 @@ class Commit:
     removed: tuple[str, ...]
 
 
-def well_formed(path: str) -> None:
-    """Raise ZooError for what can be no member's path, on this machine or any other."""
-    if path.startswith("hub:") and (not HUB.fullmatch(path) or ".." in path):
-        raise ZooError(f"'{one_line(path)}' is no hub path", fix=_FIX)
+def well_formed(path: str, kind: str = "model") -> None:
+    """Raise ZooError for what can be no member's path, on this machine or any other; kind: of the member."""
+    data = kind == "dataset"
+    if path.startswith("hub:") and (not (_DATA if data else HUB).fullmatch(path) or ".." in path):
+        raise ZooError(f"'{one_line(path)}' is no hub path", fix=_DATA_FIX if data else _FIX)
     if not path or "\0" in path:
         raise ZooError(f"'{one_line(path)}' is no path", fix="write a folder, or hub:owner/name@revision")
 
 
-def locate(path: str) -> Path:
+def address(path: str, kind: str = "model") -> Address:
+    """What a hub path means for a member of this kind: datasets have repositories of their own. Raises ZooError."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    well_formed(path, kind)
+    whose, _, revision = path.removeprefix("hub:").partition("@")
+    parts = whose.split("/")
+    name = "/".join(parts[:2])
+    try:
+        validate_repo_id(name)
+    except HFValidationError as problem:
+        raise ZooError(f"'{path}' is no hub path: {one_line(str(problem))}", fix=_FIX) from None
+    return Address(name, revision, "dataset" if kind == "dataset" else "model", "/".join(parts[2:]))
+
+
+def locate(path: str, kind: str = "model") -> Path:
     """The local folder of a member's path: a folder as it is, or `hub:owner/name[@revision]` in the cache of the hub.
 
-    Raises ZooError that says how to get what is missing.
+    kind  of the member: a dataset is in a repository of datasets, and may be `hub:owner/name/folder`
+    Whether all of it is there, `snapshot.whole` says. Raises ZooError that says how to get what is missing.
     """
-    well_formed(path)
+    well_formed(path, kind)
     if not path.startswith("hub:"):
         folder = Path(path)
         if not folder.exists():
             raise ZooError(f"{one_line(path)} does not exist", fix="put the member there, or correct its path")
         return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    name, _, revision = path.removeprefix("hub:").partition("@")
-    option = f" --revision {revision}" if revision else ""
-    try:
-        return Path(snapshot_download(name, revision=revision or None, local_files_only=True))
-    except LocalEntryNotFoundError:
-        raise NotHere(f"{name}{'@' + revision if revision else ''}", f"hf download {name}{option}") from None
-    except HFValidationError as problem:
-        raise ZooError(f"'{path}' is no hub path: {one_line(str(problem))}", fix=_FIX) from None
+    found = address(path, kind)
+    folder = found.storage / "snapshots" / found.commit
+    if not found.commit or not folder.is_dir():
+        raise NotHere(str(found), found.command)
+    if not (folder / found.inner).exists():
+        raise NotHere(str(found), found.ours, part=found.inner)
+    return folder / found.inner
 
 
 def repository(name: str) -> None:

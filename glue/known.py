@@ -34,7 +34,7 @@ def readme(zoo: Zoo, name: str, *, similarity: bool = False) -> str:
     member = zoo[name]
     if member.kind in ("table", "group"):
         raise ZooError(f"'{name}' is a {member.kind}, which has no card", fix="name a model, an adapter or a dataset")
-    written = locate(member.path) / CARD
+    written = locate(member.path, member.kind) / CARD
     if member.origin is None and written.is_file():
         text = written.read_text(encoding="utf-8", errors="replace")
         front = re.match(r"\s*---\r?\n(.*?)\r?\n---", text, re.DOTALL)
@@ -57,7 +57,7 @@ def card_now(zoo: Zoo, member: Member, *, similarity: bool = False) -> Card:
     else:
         card = card_from(member.name, member.origin, _inputs(zoo, member, member.origin), member.note,
                          member.kind)
-        folder = locate(member.path)
+        folder = locate(member.path, member.kind)
         if (folder / GIVEN).is_file():
             card = replace(card, config=(folder / GIVEN).read_text(encoding="utf-8"), config_file=GIVEN)
         if (folder / "experts").is_dir():  # a mixture by text is many models, and no library but ours reads it
@@ -76,7 +76,7 @@ def card_now(zoo: Zoo, member: Member, *, similarity: bool = False) -> Card:
 def _inputs(zoo: Zoo, member: Member, origin: Origin) -> list[dict[str, Any]]:
     """What went in, as the folder of a product tells it; from the zoo where it was made before that was noted."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        note = json.loads((locate(member.path) / FOLDER_NOTE).read_bytes())
+        note = json.loads((locate(member.path, member.kind) / FOLDER_NOTE).read_bytes())
         if note["key"] == origin.key:  # else the folder is that of another member, which a search found best
             return list(note["inputs"])
     found = [_found(zoo, name, digest) for role, digests in origin.inputs.items()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from glue.errors import GlueError
+from glue.hub import address
 from glue.member import Member
 from glue.zoo import Zoo
 
@@ -20,6 +21,7 @@ class Ancestor:
 
     roles    what it was to the one above: members, base, suite ...; nothing at the top
     kind     as in the zoo, or `gone` where the zoo has nothing of this content any more
+    hub      of what is on the hub: owner/name@commit, which has this content
     parents  nothing where `again`: then they were told further up, if there are any (`more`)
     """
 
@@ -32,6 +34,7 @@ class Ancestor:
     parents: tuple[Ancestor, ...] = ()
     again: bool = False
     more: bool = False
+    hub: str = ""
 
     def __iter__(self) -> Iterator[Ancestor]:
         """It and all above it, each content once."""
@@ -42,7 +45,7 @@ class Ancestor:
     def as_data(self) -> dict[str, Any]:
         """The tree as plain data."""
         return {"name": self.name, "kind": self.kind, "digest": self.digest, "step": self.step,
-                "licence": self.licence, "roles": list(self.roles), "again": self.again,
+                "licence": self.licence, "roles": list(self.roles), "again": self.again, "hub": self.hub,
                 "parents": [parent.as_data() for parent in self.parents]}
 
     def lines(self) -> Iterator[str]:
@@ -55,7 +58,9 @@ class Ancestor:
             yield from (f"{'   ' if last else '│  '}{line}" for line in more)
 
     def _told(self) -> str:
-        about = ", ".join(filter(None, (self.kind, self.step, self.digest[:8], self.licence)))
+        name, _, commit = self.hub.partition("@")
+        hub = f"{name} at {commit[:12]}" if commit else ""
+        about = ", ".join(filter(None, (self.kind, self.step, self.digest[:8], self.licence, hub)))
         return f"{self.name}  ({about})" + (f"  as {', '.join(self.roles)}" if self.roles else "") + \
             ("  see above" if self.again and self.more else "")
 
@@ -79,7 +84,7 @@ class _Tree:
 
     def of(self, member: Member, roles: tuple[str, ...]) -> Ancestor:
         step = member.origin.step if member.origin else ""
-        found = Ancestor(member.name, member.kind, member.digest, step, member.licence, roles)
+        found = Ancestor(member.name, member.kind, member.digest, step, member.licence, roles, hub=_on_hub(member))
         key = member.digest, step
         if key in self.told:
             return replace(found, again=True, more=self.told[key])
@@ -115,3 +120,11 @@ class _Tree:
                 known = self.zoo.identified(self.zoo[name])
                 return known if known.digest == digest else None
         return None
+
+
+def _on_hub(member: Member) -> str:
+    """owner/name@commit of a member that is on the hub, as far as it is known which commit that is."""
+    if not member.path.startswith("hub:"):
+        return ""
+    found = address(member.path, member.kind)
+    return f"{found.name}@{found.commit}" if found.commit else found.name

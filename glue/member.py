@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from glue.hub import locate
+
 FOLDER_NOTE = "glue.json"  # the file in a product's folder that says what it is and how it came about
 IN_WEIGHTS = ("adapter", "seed_history", "tensor_train")  # kinds that say only how their base's weights are changed
 CHANGES = (*IN_WEIGHTS, "prompt", "proxy")  # and those that leave these as they are, and change what the base says
@@ -71,7 +73,7 @@ class Member:
 
     kind         model, adapter, seed_history, tensor_train, prompt, proxy, mixture, endpoint, dataset, table or group
                  (those that run have a module in glue/kinds)
-    path         a folder, or hub:owner/name@revision
+    path         a folder, or hub:owner/name@revision; of a dataset also hub:owner/name/folder@revision
     base         the member it derives from: what a change sits on, what a model was tuned or merged from
     fingerprint  fast identity: headers and samples           digest  every byte that counts
     seen         digests of the dataset splits that a search of its lineage has looked at
@@ -101,9 +103,8 @@ class Member:
 
     @property
     def folder(self) -> Path:
-        """The local folder; only for members whose path is one."""
-        assert not self.path.startswith("hub:"), f"{self.name} is on the hub; see Zoo.locate"
-        return Path(self.path)
+        """The local folder, in the cache of the hub for what is from there. Raises NotHere where it is not."""
+        return locate(self.path, self.kind) if self.path.startswith("hub:") else Path(self.path)
 
     @property
     def version(self) -> str:

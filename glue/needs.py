@@ -16,9 +16,9 @@ from glue.checkpoint import Header, Weights
 from glue.errors import GlueError, NotHere, ZooError
 from glue.family import families
 from glue.headers import TYPES, Recorded, factor_numbers, read_recorded
-from glue.hub import locate
 from glue.member import Member
 from glue.plan import Plan, Task, present
+from glue.snapshot import whole
 
 RUNS, TRAINS = 4, 16  # bytes a number in fp32: the number itself; and its gradient and two moments
 MODELS = ("model", "adapter", "mixture")
@@ -96,7 +96,7 @@ def needs(plan: Plan) -> Needs:
     found = {task.name: counting.need(task) for task in plan if task.state not in ("done", "alias")}
     lacking: dict[str, Lacking] = {}
     for member in (member for task in plan for one in task.lacks for member in _below(one)):
-        if not present(replace(member, base=None, kind="model")):
+        if not present(replace(member, base=None, kind="dataset" if member.kind == "dataset" else "model")):
             lacking.setdefault(member.path, Lacking(member, _how(member, plan), counting.extent(member)))
     return Needs(found, tuple(sorted(lacking.values(), key=lambda one: one.member.kind == "dataset")))
 
@@ -109,7 +109,7 @@ def _below(member: Member) -> Iterable[Member]:
 
 def _how(member: Member, plan: Plan) -> str:
     try:
-        locate(member.path)
+        whole(member.path, member.kind)
     except NotHere as lacking:
         return lacking.command
     except ZooError:

@@ -16,9 +16,9 @@ from typing import Any, Literal
 from glue.errors import GlueError, MethodError, Mistakes, NotHere, RecipeError, ZooError
 from glue.family import Choice, Method, marks
 from glue.find import Finder, Outcome, Pending
-from glue.hub import locate
 from glue.member import Element, Member, Origin
 from glue.recipe import Line, Recipe
+from glue.snapshot import whole
 from glue.steps import Configured, Measured, Takes, Wide, steps
 from glue.zoo import Zoo
 
@@ -93,19 +93,22 @@ def make_plan(recipe: Recipe, zoo: Zoo, *, missing: bool = False) -> Plan:
     for line in recipe.lines:
         planner.plan(line)
     if planner.errors:
-        raise Mistakes(_gathered(planner.errors))
+        raise Mistakes(_gathered(planner.errors, str(recipe.file)))
     return Plan(recipe, zoo, tuple(planner.tasks))
 
 
-def _gathered(errors: list[GlueError]) -> list[GlueError]:
+def _gathered(errors: list[GlueError], recipe: str) -> list[GlueError]:
     """Errors once each; all members that are not on this machine as one, with all commands that get them."""
     told = {str(error): error for error in errors if not isinstance(error, NotHere)}
     missing = [error for error in errors if isinstance(error, NotHere)]
     if not missing:
         return list(told.values())
-    commands = dict.fromkeys(error.command for error in missing)
+    if len(commands := {error.command: error.part for error in missing}) == 1:
+        return [*told.values(), missing[0]]
+    each = [f"{command}  ({part} is missing)" if part else command for command, part in commands.items()]
     return [*told.values(), ZooError(f"{len(commands)} members are not on this machine", place=missing[0].place,
-                                     fix="\n    ".join(["get them with", *commands]))]
+                                     fix="\n    ".join([f"glue zoo fetch {recipe}  gets them all; one by one:",
+                                                        *each]))]
 
 
 class _Planner:
@@ -268,12 +271,12 @@ def _wide(method: Method, line: Line) -> dict[str, Any]:
 
 
 def present(member: Member) -> bool:
-    """Whether the files of a member, and of what it sits on, are on this machine."""
+    """Whether all files of a member, and of what it sits on, are on this machine."""
     try:
-        locate(member.path)
+        whole(member.path, member.kind)
     except NotHere:
         return False
-    except ZooError:
+    except GlueError:
         return member.path.startswith("hub:")  # what is wrong with that is told where it is read
     return present(member.base) if member.changes and member.base else True
 

@@ -16,9 +16,9 @@ from typing import Any
 from glue.errors import GlueError, RunError
 from glue.family import Choice, families, marks
 from glue.find import files
-from glue.hub import locate
 from glue.identity import identify
 from glue.member import Member, Origin
+from glue.snapshot import whole
 from glue.steps import Configured, Measured, Takes, steps
 from glue.zoo import Zoo
 
@@ -115,7 +115,7 @@ class _Reader:
         key = member.kind, member.path
         if key not in self._known:
             try:
-                digest = identify(locate(member.path))[1]
+                digest = identify(whole(member.path, member.kind))[1]
                 if member.changes and member.base is not None:
                     below = self.now(member.base)
                     if isinstance(below, GlueError):

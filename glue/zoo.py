@@ -17,7 +17,7 @@ from typing import Any
 from glue import document
 from glue.errors import CheckpointError, GlueError, Mistakes, ZooError, did_you_mean, one_line
 from glue.files import append_line, whole_lines
-from glue.hub import locate, well_formed
+from glue.hub import well_formed
 from glue.member import CHANGES, Element, Member, Origin, canonical, with_article
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"
@@ -218,8 +218,9 @@ class Zoo:
 
     def _identity(self, member: Member) -> tuple[str, str]:
         from glue.identity import identify
+        from glue.snapshot import whole
 
-        fingerprint, digest = identify(locate(member.path), self.digests)
+        fingerprint, digest = identify(whole(member.path, member.kind), self.digests)
         return fingerprint, self.with_base(replace(member, digest=digest)).digest
 
     # changing
@@ -317,7 +318,7 @@ def _problem(name: str, entry: Any) -> ZooError | None:
             words = "a list" if WRITTEN[key] is list else "a word"
             return ZooError(f"'{name}': '{key}' must be {words}, not {one_line(json.dumps(value))}")
     try:
-        well_formed(entry["path"])
+        well_formed(entry["path"], entry.get("kind", "model"))
         _check_tags(entry.get("tags", ()))
     except ZooError as problem:
         return problem

@@ -13,19 +13,19 @@ from torch import Tensor
 
 from glue.checkpoint import Header, Weights
 from glue.errors import CheckpointError
-from glue.hub import locate
 from glue.kinds import Dtype, Running, kinds, load, weights
 from glue.kinds.frame import framed
 from glue.kinds.lora import CONFIG, Adapter, linear_layers, scale
 from glue.kinds.model import EMBEDDINGS, HEADS
 from glue.member import Member
+from glue.snapshot import whole
 
 
 def adapter_weights(member: Member) -> LoraWeights:
     """The tensors of the model below with this adapter added. Raises CheckpointError for what is not understood."""
     framed(member)
     assert member.base is not None
-    folder = locate(member.path)
+    folder = whole(member.path, member.kind)
     _refuse_turned(Adapter(folder), member.base)
     return LoraWeights(weights(member.base), folder)
 
@@ -54,7 +54,7 @@ def adapter(member: Member, *, device: str = "cpu", dtype: Dtype = "float32") ->
 
     framed(member)
     assert member.base is not None
-    folder = locate(member.path)
+    folder = whole(member.path, member.kind)
     refuse_shared(Adapter(folder), weights(member.base))
     below = load(member.base, device=device, dtype=dtype)
     with_adapter = PeftModel.from_pretrained(below.model, folder, torch_device=device)

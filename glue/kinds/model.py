@@ -15,6 +15,7 @@ from glue.hub import locate
 from glue.kinds import Dtype, Running, kinds
 from glue.kinds.frame import config_json, config_of, first_line, generation_of, tokenizer_of
 from glue.member import Member
+from glue.snapshot import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.e
 
 def model_weights(member: Member) -> Checkpoint:
     """The tensors in a member's folder. A head that is the embedding, and lies beside it all the same, is none."""
-    found = Checkpoint(locate(member.path))
+    found = Checkpoint(whole(member.path))
     head, embedding = (next((name for name in names if name in found.headers), "")
                        for names in ((f"{head}.weight" for head in HEADS), EMBEDDINGS))
     # merged as two tensors, each with random numbers of its own, they would part
@@ -61,9 +62,9 @@ def _ending(running: Running) -> Running:
 
 def model_of(member: Member, device: str, dtype: Dtype) -> PreTrainedModel:
     """The model in a member's folder. Raises CheckpointError where the files do not fill it exactly."""
+    folder = whole(member.path)
     config_of(member)  # first, for its plainer errors
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    folder = locate(member.path)
     loaded: Any = _filled(folder, f"'{member.name}' in {folder}", dtype=kind, use_safetensors=True)
     return loaded.to(device)
 

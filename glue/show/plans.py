@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -12,6 +13,7 @@ from rich.table import Table as Grid
 from glue.cards import licence_remarks
 from glue.family import families
 from glue.hub import locate
+from glue.member import Member
 from glue.merges import order_row
 from glue.needs import Lacking, Needs, needs
 from glue.orders import Order
@@ -42,7 +44,7 @@ def print_plan(plan: Plan, as_json: bool) -> None:
                      ", ".join(filter(None, (row["folder"], size))), *memory)
     console().print(grid)
     if taken:
-        _print_needs(taken)
+        _print_needs(taken, plan.recipe.file)
     for remark in licence_remarks(plan):
         console().print(f"[yellow]note[/] {escape(remark)}")
     done = sum(task.state in ("done", "alias") for task in plan)
@@ -108,7 +110,7 @@ def _told(task: Task, plan: Plan) -> dict[str, Any]:
         why = f"{len(task.lacks)} inputs are not on this machine" if len(task.lacks) > 1 else \
             f"{task.lacks[0].name} is not on this machine"
     root = str(plan.zoo.file.parent) + "/"
-    sizes = {member: _size(member.path) for member in task.inputs} if task.state == "ready" else {}
+    sizes = {member: _size(member) for member in task.inputs} if task.state == "ready" else {}
     models = [size for member, size in sizes.items() if member.kind != "dataset"] or [0]
     writes = families("steps")[task.step].traits.get("writes") if task.choice else None
     return {"name": task.name, "step": task.step, "state": task.state, "why": why,
@@ -133,7 +135,7 @@ def _lacking(one: Lacking) -> dict[str, Any]:
             "exact": bool(one.extent and one.extent.exact)}
 
 
-def _print_needs(taken: Needs) -> None:
+def _print_needs(taken: Needs, recipe: Path) -> None:
     """What has to be brought, and what the rest will take."""
     total, exact = taken.download
     about = "" if exact else "about "
@@ -142,12 +144,14 @@ def _print_needs(taken: Needs) -> None:
     for one in taken.lacking:
         size = f"{'' if one.extent.exact else '~'}{one.extent.nbytes / 1e9:.2f} GB" if one.extent else ""
         print(f"  {size:>9}  {one.how}")
+    if any(one.member.path.startswith("hub:") for one in taken.lacking):
+        print(f"glue zoo fetch {recipe}  brings what is on the hub")
     written, all_of_them = taken.written
     least = about if all_of_them else "at least "
     print(f"products take {least}{written / 1e9:.2f} GB; a worker holds up to {taken.memory / 1e9:.2f} GB of "
           f"weights, gradients and moments")
 
 
-def _size(path: str) -> int:
-    folder = locate(path)
+def _size(member: Member) -> int:
+    folder = locate(member.path, member.kind)
     return sum(file.stat().st_size for file in folder.glob("*") if file.is_file()) if folder.is_dir() else 0

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table as Grid
 
+from glue.hub import Address, address
 from glue.member import Member
-from glue.show.terminal import console
+from glue.show.terminal import console, human
+from glue.snapshot import lacking, sha256_of
 
 if TYPE_CHECKING:
     from glue.atlas import Atlas
@@ -47,12 +49,16 @@ def as_data(member: Member) -> dict[str, Any]:
 
 def print_member(member: Member, versions: Sequence[Member], as_json: bool) -> None:
     """One member with its origin and versions."""
+    cached = list(_cached(member))
     if as_json:
-        print(json.dumps({**as_data(member), "versions": [one.version for one in versions]}, indent=1))
+        told = {"commit": cached[0], "files": cached[1]} if cached else {}
+        print(json.dumps({**as_data(member), **told, "versions": [one.version for one in versions]}, indent=1))
         return
     out = console()
     out.print(f"[bold]{escape(member.name)}[/]  {member.kind}  [dim]{member.digest}[/]")
     out.print(escape(member.path))
+    if cached:
+        _print_cached(member, *cached)
     for label, value in (("note", member.note), ("tags", ", ".join(sorted(member.tags))), ("licence", member.licence),
                          ("derives from", " <- ".join(one.name for one in member.lineage()))):
         if value:
@@ -68,6 +74,29 @@ def print_member(member: Member, versions: Sequence[Member], as_json: bool) -> N
         out.print(f"[dim]{escape(json.dumps(dict(member.origin.made_with)))}[/]")
     if len(versions) > 1:
         out.print("versions, oldest first: " + ", ".join(one.version for one in versions))
+
+
+def _cached(member: Member) -> Iterator[Any]:
+    """Of a member of the hub: the commit that is on this machine, and its files with their sums; else nothing."""
+    if not member.path.startswith("hub:"):
+        return
+    found = address(member.path, member.kind)
+    folder = found.storage / "snapshots" / found.commit
+    yield found.commit
+    yield [] if not found.commit else [{"name": file.relative_to(folder).as_posix(), "bytes": file.stat().st_size,
+            "sha256": sha256_of(file)} for file in sorted(folder.rglob("*")) if file.is_file()]
+
+
+def _print_cached(member: Member, commit: str, files: Sequence[dict[str, Any]]) -> None:
+    found = address(member.path, member.kind)
+    if not commit:
+        print(f"not on this machine; get it with  {found.ours}")
+        return
+    moves = f" ({found.revision or 'main'}, which may move; {Address(found.name, commit).path} stays)" * found.moves
+    print(f"commit: {commit}{moves}")
+    print(f"{len(files)} files, {human(sum(file['bytes'] for file in files))}")
+    if lost := lacking(found.storage / "snapshots" / commit, member.kind):
+        print(f"missing: {', '.join(lost)}; get them with  {found.ours}")
 
 
 def print_atlas(found: Atlas, as_json: bool) -> None:

@@ -24,7 +24,8 @@ def taken_in(job: Job, *, path: DataFiles, format: Format, split: str | None = N
     """Records of a file or a folder as items in train, dev and test: JSON lines, JSON, Parquet, or what the library
     `datasets` has saved. What lies in the files is part of the origin, so that other bytes make another member.
 
-    path        seen from the recipe's folder
+    path        seen from the recipe's folder; or a dataset of the hub: hub:owner/name, or one of its folders or files,
+                hub:owner/name/folder, with @revision after it for one that stays what it is
     format      alpaca: instruction, input, output; sharegpt: conversations of turns with from and value; completion:
                 prompt, completion; text: text; items: question, answer, choices. It is never guessed
     split       of a folder that holds several, the one that is meant; all takes every file
@@ -41,7 +42,8 @@ def taken_in(job: Job, *, path: DataFiles, format: Format, split: str | None = N
     more = "".join(f"; {counts[name]:,} {told}" for name, told in (
         ("duplicates", "duplicates dropped"), ("left_out", "beside dev and test left out"),
         ("faulty", "faulty records dropped")) if counts[name])
-    return Made("dataset", note=f"{Path(path.path).name}, {format}: {note}{more}")
+    name = path.path if path.path.startswith("hub:") else Path(path.path).name
+    return Made("dataset", note=f"{name}, {format}: {note}{more}")
 
 
 def work(folder, files: Member, options: dict[str, Any]) -> dict[str, int]:
@@ -49,7 +51,7 @@ def work(folder, files: Member, options: dict[str, Any]) -> dict[str, int]:
     from glue.tune.intake import parted, taken, write
     from glue.tune.records import files_of
 
-    found = files_of(Path(files.path), options["split"])
+    found = files_of(files.folder, options["split"])
     if found.digest() != files.digest:
         raise RunError(f"{files.path} has changed since this run began", fix="run again")
     items = taken(found, options["format"], options["fields"], drop_faulty=options["faulty"] == "drop")
