@@ -91,6 +91,7 @@ def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
 @app.command()
 def plan(recipe: Annotated[Path, typer.Argument(help="A recipe, or a merge config of mergekit.")],
          zoo: ZooFile = HERE, seed: Seed = None, device: OnDevice = "", dtype: RunsIn = "", batch_size: AtOnce = "",
+         workers: Annotated[int | None, typer.Option(help="As many as the run will have.")] = None,
          as_json: Json = False, lenient: Lenient = False, untie: Untie = False) -> None:
     """Check a recipe or a merge config, and tell what is to be done, read and written. Changes nothing."""
     from glue.merges import is_config
@@ -101,10 +102,10 @@ def plan(recipe: Annotated[Path, typer.Argument(help="A recipe, or a merge confi
 
     if is_config(recipe):
         settings = Settings(seed or 0, lenient=lenient, untie=untie)
-        print_orders(orders(recipe, Path(f"{recipe.stem}-merged"), settings, _zoo_or_none(zoo)), as_json)
+        print_orders(orders(recipe, Path(f"{recipe.stem}-merged"), settings, _zoo_or_none(zoo)), as_json, workers)
     else:
         read = read_recipe(recipe, seed=seed, wide=_wide(device, dtype, batch_size))
-        print_plan(make_plan(read, opened(zoo), missing=True), as_json)
+        print_plan(make_plan(read, opened(zoo), missing=True), as_json, _cores() if workers is None else workers)
 
 
 @app.command()

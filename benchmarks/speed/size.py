@@ -1,0 +1,118 @@
+"""A pair of models as large as they are: what each step takes, beside what the plan has said that it would take.
+
+Every run is a process of its own with its workers, as anybody would start it. Before it the models are let go from the
+page cache, so that what it reads comes from the disk and can be counted; what it makes is removed again. Memory is
+anonymous memory of all its processes together, what they share counted once. To look at that holds a run up, so that
+its seconds are more than anybody else would wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed import measure
+from benchmarks.speed.machine import commit, machine
+from benchmarks.speed.mixtures import furnished
+from benchmarks.speed.pairs import ROOT, environment, recorded
+from benchmarks.speed.shapes import SHAPES, made
+from glue.errors import GlueError, did_you_mean
+from glue.files import write_aside
+
+MOST = 2e9  # bytes of private memory that any of these may take
+RANK = 16
+PLAN = "plan"
+LINES: Mapping[str, str] = {
+    "similarity": "step: cluster, members: [base, tuned], threshold: 0.9",
+    "sketch": "step: cluster, members: [base, tuned], threshold: 0.9, sketch: true",
+    "linear": "step: merge, members: [base, tuned], method: linear",
+    "ties": "step: merge, members: [tuned], base: base, method: {ties: {density: 0.2}}",
+    "extract": f"step: extract, model: tuned, base: base, rank: {RANK}"}
+WORDS: Mapping[str, tuple[str, ...]] = {"zoo atlas": ("zoo", "atlas"), "zoo near": ("zoo", "near", "tuned")}
+SAME = {"zoo atlas": "similarity", "zoo near": "sketch"}  # commands that do what a step does
+NAMES = (PLAN, *LINES, *WORDS)
+
+
+def main(given: argparse.Namespace) -> int:
+    """Measure every row, write down each at once, and print the page; 1 where one takes more than it may."""
+    shape = SHAPES[given.shape]
+    names = [word.strip() for word in given.rows.split(",")] if given.rows else list(NAMES)
+    for name in names:
+        if name not in NAMES:
+            raise GlueError(f"there is no row '{name}'{did_you_mean(name, NAMES)}")
+    folder = given.folder / given.shape
+    originals = made(folder, shape, 1, outputs=1)
+    shutil.rmtree(folder / "size" / "models", ignore_errors=True)
+    places = dict(zip(originals, furnished(originals, folder / "size" / "models", shape), strict=True))
+    results = recorded(given.json, {"shape": given.shape, "bytes": shape.nbytes, "machine": machine(folder)})
+    for name in names:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        results["rows"][name] = row(name, folder / "size", places)
+        if given.json:
+            write_aside(given.json, json.dumps(results, indent=1) + "\n")
+    print(page(results))
+    return int(any(run["private"] > MOST for run in results["rows"].values()))
+
+
+def row(name: str, place: Path, places: Mapping[str, Path]) -> dict[str, Any]:
+    """One run in a zoo of its own; the digests of the models are known from the last plan, unless this is one."""
+    os.makedirs(place, exist_ok=True)
+    zoo = place / "zoo.yaml"
+    zoo.write_text(f"members:\n  base: {{path: {places['base']}}}\n  tuned: {{path: {places['m0']}, base: base}}\n")
+    for known, line in LINES.items():
+        (place / f"{known}.yaml").write_text(f"steps:\n  - {{as: {known}, {line}}}\n")
+    (place / f"{PLAN}.yaml").write_text(
+        "steps:\n" + "".join(f"  - {{as: {known}, {line}}}\n" for known, line in LINES.items()))
+    digests = place / "zoo" / "digests.json"
+    if name == PLAN:
+        shutil.rmtree(place / "zoo", ignore_errors=True)
+    told = {} if name == PLAN else _planned(SAME.get(name, name), place, alone=name in SAME)
+    for folder in [place / "runs", *(each for each in digests.parent.glob("*") if each.is_dir())]:
+        shutil.rmtree(folder, ignore_errors=True)
+    (place / "zoo" / "members.yaml").unlink(missing_ok=True)
+    _let_go(places)
+    words = [*(WORDS.get(name) or (PLAN if name == PLAN else "run", str(place / f"{name}.yaml"))), "--zoo", str(zoo)]
+    try:
+        ran = measure.run([sys.executable, "-m", "glue.cli", *words, *([] if name == PLAN else ["--quiet"])],
+                          folder=place, environment=environment(), closely=True)
+        made_bytes = sum(file.stat().st_size for file in (place / "zoo" / "once").rglob("*.safetensors"))
+        made_bytes += sum(file.stat().st_size for folder in digests.parent.glob(f"{name}/*-*")
+                          for file in folder.rglob("*.safetensors"))
+    finally:
+        for folder in digests.parent.glob("*"):
+            if folder.is_dir() and not folder.is_symlink():
+                shutil.rmtree(folder, ignore_errors=True)
+    return {**{key: value for key, value in asdict(ran).items() if key != "output"}, "products": made_bytes,
+            "told": told, "commit": commit(ROOT), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def _planned(name: str, place: Path, alone: bool) -> dict[str, Any]:
+    """What `glue plan` says of one recipe, carried out by workers or by one process alone."""
+    words = [sys.executable, "-m", "glue.cli", "plan", str(place / f"{name}.yaml"), "--zoo", str(place / "zoo.yaml"),
+             "--json", *(["--workers", "0"] if alone else [])]
+    ran = measure.run(words, folder=place, environment=environment())
+    told = json.loads(ran.output)
+    return next(task for task in (told["tasks"] if isinstance(told, dict) else told) if task["name"].endswith(name))
+
+
+def _let_go(places: Mapping[str, Path]) -> None:
+    """Bring what waits to be written to the disk, and the models out of the page cache."""
+    os.sync()
+    for folder in places.values():
+        for file in folder.glob("*.safetensors"):
+            handle = os.open(file, os.O_RDONLY)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """Markdown of what was measured."""
+    return json.dumps(results, indent=1)
