@@ -16,6 +16,7 @@ from glue.merge.matrices import layer_matrix
 MAIN = 175_000_000    # bytes of the process that plans and waits: python, torch, what a run imports
 POOL = 295_000_000    # of the process from which workers are forked, transformers included, and of its watchdog
 WORKER = 25_000_000   # of each worker beside what it shares with that
+IDLE = 12_000_000     # of one that has nothing to do: another than those that have is always there
 MANY = 1 << 30        # calls: as many as there are workers
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": 0.5}  # bytes of a number that runs
 
@@ -39,7 +40,8 @@ class Footprint:
         """Private bytes of all processes together; 0 workers are the process that waits."""
         if not workers:
             return MAIN + self.call + self.beside
-        return MAIN + POOL + min(workers, self.calls) * (WORKER + self.call) + self.beside
+        busy = min(workers, self.calls)
+        return MAIN + POOL + busy * (WORKER + self.call) + IDLE * (busy < workers) + self.beside
 
 
 def compared(sources: Sequence[Weights], threads: int, *, delta: bool) -> Footprint:

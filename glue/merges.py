@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glue.errors import CheckpointError, GlueError, MethodError, RecipeError, RunError, one_line
+from glue.errors import CheckpointError, MethodError, RecipeError, RunError
 from glue.files import publish, write_aside
 from glue.member import FOLDER_NOTE
 from glue.merge.estimate import cost
@@ -146,12 +146,3 @@ def is_config(file: Path) -> bool:
     except OSError:
         return False
     return bool(OURS.search(text)) and not re.search(r"^steps\s*:", text, re.MULTILINE)
-
-
-def size(text: str) -> int:
-    """Bytes of a size such as 500MB or 5GB. Raises GlueError."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
-    bytes_ = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
-    if bytes_ < 1:
-        raise GlueError(f"'{one_line(text)}' is no size", fix="write a number and a unit: 500MB, 5GB")
-    return bytes_

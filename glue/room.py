@@ -1,4 +1,5 @@
-"""Room: what this machine has left just now, of its disk, its memory, and the memory of a device."""
+"""Room: what this machine has left just now of its disk, its memory and that of a device; and sizes as people say them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import shutil
 import subprocess
 from contextlib import suppress
 from pathlib import Path
+
+from glue.errors import GlueError, one_line
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -32,8 +35,8 @@ def free_on(device: str) -> int | None:
         return None
     index = device.partition(":")[2] or "0"
     with suppress(OSError, ValueError, subprocess.SubprocessError):
-        told = subprocess.run(["nvidia-smi", f"--id={index}", "--query-gpu=memory.free", "--format=csv,noheader,nounits"],
-                              capture_output=True, text=True, timeout=20, check=True).stdout
+        asked = ["nvidia-smi", f"--id={index}", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+        told = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
         return int(told.strip()) << 20
     return None
 
@@ -71,3 +74,12 @@ def _left(group: Path) -> int | None:
             lines = dict(line.split(" ", 1) for line in (group / "memory.stat").read_text().splitlines())
             return max(0, limit - int((group / now).read_text()) + sum(int(lines.get(word, 0)) for word in files))
     return None
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as 500MB or 5GB. Raises GlueError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
+    bytes_ = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if bytes_ < 1:
+        raise GlueError(f"'{one_line(text)}' is no size", fix="write a number and a unit: 500MB, 5GB")
+    return bytes_

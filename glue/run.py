@@ -26,6 +26,7 @@ from glue.identity import checkpoints, identify, remember
 from glue.member import FOLDER_NOTE, Member, Origin, Table, canonical
 from glue.plan import Plan, Task, make_plan
 from glue.recipe import Recipe
+from glue.spare import DRAFTS, lives
 from glue.stamp import stamp
 from glue.steps import RUNS, Job, Made
 from glue.workers import Workers
@@ -64,7 +65,7 @@ class _Run:
         self.recipe, self.zoo, self.workers, self.watcher = recipe, zoo, workers, watcher
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         self.journal = zoo.file.parent / "runs" / f"{recipe.name}-{stamp}-{os.getpid()}.jsonl"
-        self.drafts = zoo.folder / ".drafts"
+        self.drafts = zoo.folder / DRAFTS
         self.running: dict[Future, tuple[Task, float]] = {}
 
     def all(self) -> Plan:
@@ -195,7 +196,7 @@ class _Run:
         draft = self.drafts / f"{task.origin.key[:16]}-{os.getpid()}"
         shutil.rmtree(draft, ignore_errors=True)
         for left in sorted(self.drafts.glob(f"{task.origin.key[:16]}-*")):
-            if not _lives(int(left.name.rsplit("-", 1)[1])):
+            if not lives(left):
                 with suppress(OSError):  # another run was faster
                     left.rename(draft)
                     return draft
@@ -223,23 +224,13 @@ class _Run:
     def _sweep(self, kept: set[str]) -> None:
         """Remove the drafts of runs that are no longer there, but for those that can be gone on with."""
         for draft in self.drafts.glob("*-*") if self.drafts.exists() else ():
-            if draft.name.rsplit("-", 1)[0] not in kept and not _lives(int(draft.name.rsplit("-", 1)[1])):
+            if draft.name.rsplit("-", 1)[0] not in kept and not lives(draft):
                 shutil.rmtree(draft, ignore_errors=True)
 
     def _note(self, event: str, task: Task, **more: object) -> None:
         record = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, "task": task.name,
                   "origin": task.origin.key if task.origin else None, **more}
         append_line(self.journal, canonical(record))
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def with_identity(made: Made, zoo: Zoo) -> Made:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from glue.care import added, start, unreferenced, verified
+from glue.care import added, start, verified
 from glue.errors import ZooError
 from glue.identity import identify
 from glue.member import FOLDER_NOTE, Element, Member, Origin
+from glue.spare import unreferenced
 from glue.zoo import Zoo
 
 

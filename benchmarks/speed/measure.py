@@ -79,8 +79,7 @@ def run(command: Sequence[str], *, folder: Path, environment: Mapping[str, str],
             raise RunError(f"{' '.join(command)} ended with code {child.returncode}:\n" + "\n".join(tail))
         private = watcher.private if watcher.processes > 1 else watcher.anonymous
         return Ran(wall, cpu, max(0.0, (_busy() - busy - cpu) / wall), 512 * used.ru_inblock, watcher.anonymous,
-                   private, watcher.resident, watcher.processes, watcher.moved("read_bytes"),
-                   watcher.moved("write_bytes"), out.read().decode())
+                   private, watcher.resident, watcher.processes, watcher.read, watcher.written, out.read().decode())
 
 
 class _Watcher(threading.Thread):
@@ -88,7 +87,7 @@ class _Watcher(threading.Thread):
         super().__init__(daemon=True)
         self.root, self.closely = root, closely
         self.anonymous = self.private = self.resident = self.processes = 0
-        self._moved: dict[int, Counter[str]] = {}
+        self.read = self.written = 0
         self._over = threading.Event()
 
     def run(self) -> None:
@@ -102,12 +101,10 @@ class _Watcher(threading.Thread):
             if self.closely:
                 looks = [_counts(process, "smaps_rollup") for process in tree]
                 self.private = max(self.private, sum(look["Pss_Anon"] + look["Pss_Shmem"] for look in looks))
-            self._moved |= {process: moved for process in tree if (moved := _counts(process, "io", ""))}
+            looks = [_counts(process, "io", "") for process in tree]  # with what its children have read that ended
+            self.read = max(self.read, sum(look["read_bytes"] for look in looks))
+            self.written = max(self.written, sum(look["write_bytes"] for look in looks))
             pause = max(PAUSE, time.perf_counter() - start)
-
-    def moved(self, what: str) -> int:
-        """Bytes, of all processes, also of those that have ended."""
-        return sum(moved[what] for moved in self._moved.values())
 
     def stop(self) -> None:
         self._over.set()

@@ -28,16 +28,15 @@ from glue.errors import GlueError, did_you_mean
 from glue.files import write_aside
 
 MOST = 2e9  # bytes of private memory that any of these may take
-RANK = 16
+RANK, TARGETS = 16, ("q_proj", "down_proj")  # the smallest of its layers and the largest: as much memory as all take
 PLAN = "plan"
 LINES: Mapping[str, str] = {
     "similarity": "step: cluster, members: [base, tuned], threshold: 0.9",
     "sketch": "step: cluster, members: [base, tuned], threshold: 0.9, sketch: true",
     "linear": "step: merge, members: [base, tuned], method: linear",
     "ties": "step: merge, members: [tuned], base: base, method: {ties: {density: 0.2}}",
-    "extract": f"step: extract, model: tuned, base: base, rank: {RANK}"}
+    "extract": f"step: extract, model: tuned, base: base, rank: {RANK}, targets: [{', '.join(TARGETS)}]"}
 WORDS: Mapping[str, tuple[str, ...]] = {"zoo atlas": ("zoo", "atlas"), "zoo near": ("zoo", "near", "tuned")}
-SAME = {"zoo atlas": "similarity", "zoo near": "sketch"}  # commands that do what a step does
 NAMES = (PLAN, *LINES, *WORDS)
 
 
@@ -74,7 +73,7 @@ def row(name: str, place: Path, places: Mapping[str, Path]) -> dict[str, Any]:
     digests = place / "zoo" / "digests.json"
     if name == PLAN:
         shutil.rmtree(place / "zoo", ignore_errors=True)
-    told = {} if name == PLAN else _planned(SAME.get(name, name), place, alone=name in SAME)
+    told = _planned(name, place) if name in LINES else {}
     for folder in [place / "runs", *(each for each in digests.parent.glob("*") if each.is_dir())]:
         shutil.rmtree(folder, ignore_errors=True)
     (place / "zoo" / "members.yaml").unlink(missing_ok=True)
@@ -94,10 +93,10 @@ def row(name: str, place: Path, places: Mapping[str, Path]) -> dict[str, Any]:
             "told": told, "commit": commit(ROOT), "date": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
-def _planned(name: str, place: Path, alone: bool) -> dict[str, Any]:
-    """What `glue plan` says of one recipe, carried out by workers or by one process alone."""
+def _planned(name: str, place: Path) -> dict[str, Any]:
+    """What `glue plan` says of one recipe."""
     words = [sys.executable, "-m", "glue.cli", "plan", str(place / f"{name}.yaml"), "--zoo", str(place / "zoo.yaml"),
-             "--json", *(["--workers", "0"] if alone else [])]
+             "--json"]
     ran = measure.run(words, folder=place, environment=environment())
     told = json.loads(ran.output)
     return next(task for task in (told["tasks"] if isinstance(told, dict) else told) if task["name"].endswith(name))
