@@ -231,7 +231,7 @@ def gc(zoo: ZooFile = HERE,
        yes: Annotated[bool, typer.Option("--yes", help="Really delete; without it, only tell.")] = False) -> None:
     """Find what nobody needs - products that no member refers to, older versions nothing depends on, drafts of runs
     that have ended, answers of members that are gone - and what all products take; --yes deletes it."""
-    from glue.show.terminal import human
+    from glue.room import human
     from glue.show.zoo import kept_line
     from glue.spare import pruned, stale, unreferenced
 

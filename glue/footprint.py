@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from glue.checkpoint import Header, Weights
+from glue.headers import Recorded
 from glue.merge.matrices import layer_matrix
 
 MAIN = 175_000_000    # bytes of the process that plans and waits: python, torch, what a run imports
@@ -38,10 +39,16 @@ class Footprint:
 
     def peak(self, workers: int) -> int:
         """Private bytes of all processes together; 0 workers are the process that waits."""
-        if not workers:
-            return MAIN + self.call + self.beside
-        busy = min(workers, self.calls)
-        return MAIN + POOL + busy * (WORKER + self.call) + IDLE * (busy < workers) + self.beside
+        return together([self], workers)
+
+
+def together(holds: Sequence[Footprint], workers: int) -> int:
+    """Private bytes of all processes where these tasks run beside each other; see Footprint.peak."""
+    if not workers:  # one after the other
+        return MAIN + max((hold.call + hold.beside for hold in holds), default=0)
+    calls = sorted((hold.call for hold in holds for _ in range(min(workers, hold.calls))), reverse=True)[:workers]
+    idle = IDLE if len(calls) < workers else 0
+    return MAIN + POOL + len(calls) * WORKER + idle + sum(calls) + sum(hold.beside for hold in holds)
 
 
 def compared(sources: Sequence[Weights], threads: int, *, delta: bool) -> Footprint:
@@ -91,6 +98,6 @@ def of_layer(name: str, shape: tuple[int, ...]) -> bool:
 
 def _made(sources: Sequence[Weights]) -> int:
     """Bytes of the largest tensor of all members that are in no file, but made when they are asked for."""
-    names = sources[0].headers
-    return max((sum(source.headers[name].nbytes for source in sources
-                    if name in source.headers and source.headers[name].file is None) for name in names), default=0)
+    made = [source.headers for source in sources if not isinstance(source, Recorded)]
+    return max((sum(headers[name].nbytes for headers in made if name in headers and headers[name].file is None)
+                for name in sources[0].headers), default=0)

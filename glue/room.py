@@ -83,3 +83,13 @@ def size(text: str) -> int:
     if bytes_ < 1:
         raise GlueError(f"'{one_line(text)}' is no size", fix="write a number and a unit: 500MB, 5GB")
     return bytes_
+
+
+def human(size: int) -> str:
+    """Bytes as a person says them."""
+    number = float(size)
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"

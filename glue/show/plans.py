@@ -16,8 +16,8 @@ from glue.merges import order_row
 from glue.needs import Lacking, Needs, needs
 from glue.orders import Order
 from glue.plan import Plan, Task
-from glue.room import free_disk, free_memory
-from glue.show.terminal import console, human
+from glue.room import free_disk, free_memory, human
+from glue.show.terminal import console
 
 STATES = {"done": "green", "alias": "green", "ready": "yellow", "waiting": "dim", "deferred": "dim",
           "missing": "red"}

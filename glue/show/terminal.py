@@ -91,13 +91,3 @@ def passes(quiet: bool) -> Callable[[list[str]], Iterable[str]]:
     stream = Console(stderr=True, highlight=False)
     return lambda names: track(names, "reading", console=stream, transient=True,
                                disable=quiet or not stream.is_terminal)
-
-
-def human(size: int) -> str:
-    """Bytes as a person says them."""
-    number = float(size)
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"

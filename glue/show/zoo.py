@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from glue.member import Member
-from glue.show.terminal import console, human
+from glue.room import human
+from glue.show.terminal import console
 
 if TYPE_CHECKING:
     from glue.atlas import Atlas
