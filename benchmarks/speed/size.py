@@ -28,7 +28,8 @@ from glue.errors import GlueError, did_you_mean
 from glue.files import write_aside
 
 MOST = 2e9  # bytes of private memory that any of these may take
-RANK, TARGETS = 16, ("q_proj", "down_proj")  # the smallest of its layers and the largest: as much memory as all take
+RANK = 16
+TARGETS = "0.self_attn.q_proj", "0.mlp.down_proj"  # of layers 0, 10, ...: as much memory as all take, in less time
 PLAN = "plan"
 LINES: Mapping[str, str] = {
     "similarity": "step: cluster, members: [base, tuned], threshold: 0.9",
@@ -51,7 +52,8 @@ def main(given: argparse.Namespace) -> int:
     originals = made(folder, shape, 1, outputs=1)
     shutil.rmtree(folder / "size" / "models", ignore_errors=True)
     places = dict(zip(originals, furnished(originals, folder / "size" / "models", shape), strict=True))
-    results = recorded(given.json, {"shape": given.shape, "bytes": shape.nbytes, "machine": machine(folder)})
+    results = recorded(given.json, {"measures": "size", "shape": given.shape, "bytes": shape.nbytes,
+                                   "machine": machine(folder)})
     for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
         results["rows"][name] = row(name, folder / "size", places)
@@ -114,4 +116,28 @@ def _let_go(places: Mapping[str, Path]) -> None:
 
 def page(results: Mapping[str, Any]) -> str:
     """Markdown of what was measured."""
-    return json.dumps(results, indent=1)
+    lines = ["| | private memory, GB | planned | off | from the disk, GB | written, GB | planned | off | s |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for name in NAMES:
+        if found := results["rows"].get(name):
+            told = found["told"]
+            lines.append("| " + " | ".join([
+                f"**{name}**", f"{found['private'] / 1e9:.2f}", *_beside(found["private"], told.get("bytes_peak"), 0),
+                f"{found['read'] / 1e9:.1f}", f"{found['products'] / 1e9:.3f}" if found["products"] else "-",
+                *_beside(found["products"], told.get("bytes_written"), 2), f"{found['wall']:.0f}"]) + " |")
+    made, rows = results["machine"], results["rows"].values()
+    days, commits = (sorted({row[key][:10] for row in rows}) for key in ("date", "commit"))
+    busy = sum(row["others"] for row in rows) / len(rows)
+    return "\n".join([*lines, "", (
+        f"Two models of shape {results['shape']}, {results['bytes'] / 1e9:.2f} GB each in bf16, random numbers; "
+        f"{made['cpu']}, {made['cores']} cores, {made['ram'] / 2**30:.0f} GiB, {made['files']}, Linux {made['kernel']}; "
+        f"Python {made['python']}, torch {made['versions']['torch']}; {', '.join(days)}, commit {', '.join(commits)}. "
+        f"Four workers, the models out of the page cache before each run; other work kept {busy:.1f} cores busy. "
+        f"extract: rank {RANK} of {' and '.join(TARGETS)} in layers 0, 10, 20, ...")])
+
+
+def _beside(real: int, said: int | None, digits: int) -> tuple[str, str]:
+    """What a plan has said, in GB, and how far off that was."""
+    if not said or not real:
+        return "-", "-"
+    return f"{said / 1e9:.{3 if digits else 2}f}", f"{said / real - 1:+.{digits}%}"
