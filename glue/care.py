@@ -1,23 +1,19 @@
-"""Care of a zoo: start one, add members, check their bytes, clear out what nobody refers to."""
+"""Care of a zoo: start one, add members, check their bytes."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from glue.errors import SuiteError, ZooError, did_you_mean, one_line
 from glue.evaluate.imported import IMPORTED, add_scores
 from glue.evaluate.suite import parse
-from glue.files import REPLACED, write_aside
+from glue.files import write_aside
 from glue.hub import address
 from glue.identity import identify
-from glue.member import CHANGES, FOLDER_NOTE, Member, with_article
+from glue.member import CHANGES, Member, with_article
 from glue.snapshot import blob_name, is_blob, whole
 from glue.zoo import KINDS, NAME, NAME_RULE, Zoo
 
@@ -117,47 +113,3 @@ def verified(zoo: Zoo, name: str) -> Iterator[str]:
         raise ZooError(f"'{name}' has changed: its digest is {now}, registered is {member.digest}",
                        fix="run its recipe again, which makes it anew, or remove it from the zoo")
     yield f"{now}  digest{' as registered' if member.digest else ''}"
-
-
-def unreferenced(zoo: Zoo, *, delete: bool) -> list[tuple[str, int]]:
-    """(folder, bytes) of every product folder that no member needs: removed ones, and replaced versions.
-
-    A replaced version is kept as long as the newest version of some member was made from it. A folder without a note
-    of ours, or whose note cannot be read, is left alone; so is whatever a member's path leads to.
-    """
-    needed = _needed(zoo)
-    paths = {Path(member.path).resolve() for member in needed if not member.path.startswith("hub:")}
-    keys = {member.origin.key for member in needed if member.origin}
-    found = []
-    for folder, key in _products(zoo.folder):
-        aside = REPLACED in folder.name  # of what was put aside by `publish`, another folder has taken the place
-        used = any(path == folder or folder in path.parents or path in folder.parents for path in paths)
-        if not used and (aside or key not in keys):
-            found.append((str(folder), sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())))
-            if delete:
-                shutil.rmtree(folder)
-    return found
-
-
-def _needed(zoo: Zoo) -> list[Member]:
-    """The newest version of each member, the versions those were made from, and all that these stand on."""
-    newest = list(zoo)
-    digests = {digest for member in newest if member.origin for inputs in member.origin.inputs.values()
-               for digest in inputs}
-    waiting = newest + [member for one in newest for member in zoo.versions(one.name) if member.digest in digests]
-    found: list[Member] = []
-    while waiting:
-        member = waiting.pop()
-        found.append(member)
-        waiting += [member.base] if member.base else []
-        waiting += [one for item in member.elements for one in (item.root, *item.members) if one]
-    return found
-
-
-def _products(zoo: Path) -> Iterator[tuple[Path, str]]:
-    """Every folder below the zoo's that a step has left, with the key of its origin; links are not followed."""
-    for place, folders, files in os.walk(zoo.resolve()):
-        folders[:] = sorted(name for name in folders if name != ".drafts")
-        if FOLDER_NOTE in files:
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                yield Path(place), str(json.loads((Path(place) / FOLDER_NOTE).read_bytes())["key"])

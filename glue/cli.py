@@ -30,6 +30,7 @@ OnDevice = Annotated[str, typer.Option("--device", help="Where models run: cpu, 
 RunsIn = Annotated[str, typer.Option("--dtype", help="What models run in, such as bfloat16; default: the recipe's.")]
 AtOnce = Annotated[str, typer.Option("--batch-size", help="Of every line that can choose: a number, or auto.")]
 Lenient = Annotated[bool, typer.Option("--lenient", help="Unknown words of a merge config are notes, not errors.")]
+Force = Annotated[bool, typer.Option("--force", help="Begin also with what does not seem to fit.")]
 Untie = Annotated[bool, typer.Option("--untie", help="Where only some have an output layer, take others' embedding.")]
 
 
@@ -62,7 +63,7 @@ def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
         threads: Annotated[int, typer.Option(help="Threads of each process; more than one may change last bits.")] = 1,
         full: Annotated[bool, typer.Option(help="Run with each seed of the recipe's `full`; write boards.")] = False,
         on: Annotated[str, typer.Option(help="Where workers run: here or ray.")] = "here",
-        device: OnDevice = "", dtype: RunsIn = "", batch_size: AtOnce = "",
+        device: OnDevice = "", dtype: RunsIn = "", batch_size: AtOnce = "", force: Force = False,
         fetch: Annotated[bool, typer.Option("--fetch", help="First bring from the hub what is missing.")] = False,
         quiet: Quiet = False, as_json: Json = False) -> None:
     """Make everything a recipe asks for; what exists already is not made again."""
@@ -82,7 +83,7 @@ def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
     for one in seeds:
         read, found = read_recipe(recipe, seed=one, wide=_wide(device, dtype, batch_size)), opened(zoo)
         with _workers(on, workers, threads) as pool, progress(quiet) as watcher:
-            plans.append(make(read, found, pool, watcher))
+            plans.append(make(read, found, pool, watcher, force=force))
         if read.board:
             print_board(leaderboard(plans[-1]), as_json)
         if not as_json:
@@ -94,6 +95,7 @@ def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
 @app.command()
 def plan(recipe: Annotated[Path, typer.Argument(help="A recipe, or a merge config of mergekit.")],
          zoo: ZooFile = HERE, seed: Seed = None, device: OnDevice = "", dtype: RunsIn = "", batch_size: AtOnce = "",
+         workers: Annotated[int | None, typer.Option(help="As many as the run will have.")] = None,
          as_json: Json = False, lenient: Lenient = False, untie: Untie = False) -> None:
     """Check a recipe or a merge config, and tell what is to be done, read and written. Changes nothing."""
     from glue.merges import is_config
@@ -104,10 +106,10 @@ def plan(recipe: Annotated[Path, typer.Argument(help="A recipe, or a merge confi
 
     if is_config(recipe):
         settings = Settings(seed or 0, lenient=lenient, untie=untie)
-        print_orders(orders(recipe, Path(f"{recipe.stem}-merged"), settings, _zoo_or_none(zoo)), as_json)
+        print_orders(orders(recipe, Path(f"{recipe.stem}-merged"), settings, _zoo_or_none(zoo)), as_json, workers)
     else:
         read = read_recipe(recipe, seed=seed, wide=_wide(device, dtype, batch_size))
-        print_plan(make_plan(read, opened(zoo), missing=True), as_json)
+        print_plan(make_plan(read, opened(zoo), missing=True), as_json, _cores() if workers is None else workers)
 
 
 @app.command()
@@ -122,16 +124,17 @@ def merge(config: Annotated[Path, typer.Argument(help="A config of mergekit, or 
           allow_nan: Annotated[bool, typer.Option(help="Write numbers that are not finite.")] = False,
           lenient: Lenient = False, untie: Untie = False,
           overwrite: Annotated[bool, typer.Option(help="What is in OUT is set aside, not refused.")] = False,
-          zoo: ZooFile = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
+          force: Force = False, zoo: ZooFile = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
     """Merge models as a YAML of mergekit says, unmodified. A merge that was killed goes on where it was."""
-    from glue.merges import merge_file, size
+    from glue.merges import merge_file
     from glue.orders import Settings
+    from glue.room import size
     from glue.show.plans import print_merged
     from glue.show.terminal import bar
 
     settings = Settings(seed, dtype, out_dtype, size(shard_size), device, allow_nan, lenient, untie, overwrite)
     with bar(quiet or as_json) as report:
-        done = merge_file(config, out, settings, _zoo_or_none(zoo), workers, report)
+        done = merge_file(config, out, settings, _zoo_or_none(zoo), workers, report, force=force)
     print_merged(done, as_json)
 
 
@@ -171,8 +174,8 @@ def evaluate(members: Annotated[list[str], typer.Argument(help="Names, or tag:x.
              suite: Annotated[str, typer.Option(help="A suite and split, such as tiny:test.")] = "",
              from_lm_eval: Annotated[Path | None, typer.Option(
                  "--import", help="Measure nothing: take what lm-eval's own command has left in this folder.")] = None,
-             device: OnDevice = "", batch_size: AtOnce = "",
-             zoo: ZooFile = HERE, workers: int | None = None, quiet: Quiet = False, as_json: Json = False) -> None:
+             device: OnDevice = "", batch_size: AtOnce = "", zoo: ZooFile = HERE, workers: int | None = None,
+             force: Force = False, quiet: Quiet = False, as_json: Json = False) -> None:
     """Measure members on a suite with lm-eval, and show the table. The same as a recipe with one evaluate line."""
     from glue.board import of_suite, plain
     from glue.care import imported
@@ -191,7 +194,8 @@ def evaluate(members: Annotated[list[str], typer.Argument(help="Names, or tag:x.
     with Workers(_cores() if workers is None else workers) as pool, progress(quiet) as watcher:
         names = [member.name for word in members for member in found.select(word)]  # a recipe's tag:x sees less
         done = step(found, "scores", "evaluate",
-                    {"members": names, "suite": suite, **_wide(device, batch_size=batch_size)}, pool, watcher)
+                    {"members": names, "suite": suite, **_wide(device, batch_size=batch_size)}, pool, watcher,
+                    force=force)
     print_board(plain(done, done["scores"]), as_json)
 
 

@@ -31,10 +31,12 @@ def opened(file: Path) -> Any:
 def zoo_list(selector: Annotated[str | None, typer.Argument(help="tag:x or a name.")] = None, zoo: ZooFile = HERE,
              as_json: Json = False) -> None:
     """List the newest version of every member."""
-    from glue.show.zoo import print_members
+    from glue.show.zoo import kept_line, print_members
 
     found = opened(zoo)
     print_members(found.select(selector) if selector else list(found), as_json)
+    if not as_json and not selector:
+        print(kept_line(found))
 
 
 @zoo_app.command()
@@ -258,12 +260,20 @@ def verify(name: str, zoo: ZooFile = HERE) -> None:
 @zoo_app.command()
 def gc(zoo: ZooFile = HERE,
        yes: Annotated[bool, typer.Option("--yes", help="Really delete; without it, only tell.")] = False) -> None:
-    """Find folders of products that no member refers to, and older versions nothing depends on; --yes deletes them."""
-    from glue.care import unreferenced
-    from glue.show.terminal import human
+    """Find what nobody needs - products that no member refers to, older versions nothing depends on, drafts of runs
+    that have ended, answers of members that are gone - and what all products take; --yes deletes it."""
+    from glue.room import human
+    from glue.show.zoo import kept_line
+    from glue.spare import pruned, stale, unreferenced
 
-    found = unreferenced(opened(zoo), delete=yes)
-    for folder, size in found:
-        print(f"{'deleted' if yes else 'would delete'} {folder} ({human(size)})")
-    total = human(sum(size for _, size in found))
-    print(f"{len(found)} folders, {total}" + ("" if yes or not found else "; add --yes to delete them"))
+    found = opened(zoo)
+    said = "deleted" if yes else "would delete"
+    gone = [(folder, size, "") for folder, size in unreferenced(found, delete=yes)]
+    gone += [(str(one.path), one.size, one.why) for one in stale(found, delete=yes)]
+    for place, size, why in gone:
+        print(f"{said} {place} ({', '.join(filter(None, (human(size), why)))})")
+    if digests := pruned(found, delete=yes):
+        print(f"{'forgot' if yes else 'would forget'} the digests of {digests} folders that are not there any more")
+    total = human(sum(size for _, size, _ in gone))
+    print(f"{len(gone)} files and folders, {total}" + ("" if yes or not gone else "; add --yes to delete them"))
+    print(kept_line(found))

@@ -99,8 +99,11 @@ def tensors(build: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Header]:
     return {f"{name}.weight": Header(dtype, shape) for name, shape in shapes.items()}
 
 
-def factor_numbers(headers: Mapping[str, Header], targets: list[str], rank: int) -> int:
-    """How many numbers a LoRA of this rank has on the layers whose names end so: rank * (in + out) for each."""
-    layers = [header.shape for name, header in headers.items()
-              if any(name == f"{target}.weight" or name.endswith(f".{target}.weight") for target in targets)]
+def factor_numbers(headers: Mapping[str, Header], targets: list[str] | None, rank: int) -> int:
+    """How many numbers a LoRA of this rank has on the layers whose names end so: rank * (in + out) for each.
+
+    targets  the ends of names; None: all that is given are layers
+    """
+    layers = [header.shape for name, header in headers.items() if targets is None or
+              any(name == f"{target}.weight" or name.endswith(f".{target}.weight") for target in targets)]
     return sum(rank * (m + n) for m, n in layers)

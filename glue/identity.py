@@ -72,6 +72,19 @@ def remember(folder: Path, known: Path, fingerprint: str, digest: str, *, files:
     _note(known, str(folder.resolve()), _signature(files), fingerprint, digest)
 
 
+def forgotten(known: Path, *, delete: bool) -> int:
+    """How many folders are remembered that are not there any more; with `delete` they are not remembered from then on.
+    """
+    if not any(not Path(key).exists() for key in _remembered(known)):
+        return 0
+    with locked(known):
+        entries = _remembered(known)
+        there = {key: entry for key, entry in entries.items() if Path(key).exists()}
+        if delete:
+            write_aside(known, canonical(there))
+        return len(entries) - len(there)
+
+
 def _note(known: Path, key: str, signature: list[list[Any]], fingerprint: str, digest: str) -> None:
     with locked(known):
         entry = {"signature": signature, "fingerprint": fingerprint, "digest": digest}

@@ -12,18 +12,22 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glue.errors import CheckpointError, GlueError, MethodError, RecipeError, RunError, one_line
+from glue.errors import CheckpointError, MethodError, RecipeError, RunError
 from glue.files import publish, write_aside
+from glue.fit import ANYWAY, SMALL
 from glue.member import FOLDER_NOTE
-from glue.merge.estimate import cost
+from glue.merge.estimate import cost, held
+from glue.merge.estimate import memory as taken
 from glue.orders import Dense, Order, Promised, Report, Settings, orders
+from glue.room import free_disk, free_memory, human
+from glue.spare import size_of
 from glue.workers import Workers
 
 if TYPE_CHECKING:
@@ -49,7 +53,7 @@ def carried_out(order: Order, workers: Workers, report: Report = lambda done, to
     if order.done:
         record = json.loads((order.out / FOLDER_NOTE).read_bytes())
         return {**told, "made": False, "digest": record["weights"], "seconds": {"merge": 0.0}}
-    draft = order.out.with_name(f".{order.out.name}.draft")
+    draft = _draft(order)
     began = time.perf_counter()
     try:
         draft.mkdir(parents=True, exist_ok=True)
@@ -90,16 +94,20 @@ def _note(order: Order, digest: str) -> dict[str, Any]:
 
 
 def merge_file(file: Path, out: Path, settings: Settings, zoo: Zoo | None = None, workers: int | None = None,
-               report: Callable[[str, int, int], None] = lambda name, done, total: None) -> list[dict[str, Any]]:
+               report: Callable[[str, int, int], None] = lambda name, done, total: None, *,
+               force: bool = False) -> list[dict[str, Any]]:
     """Carry out a config file, all its documents in order; what is done already is not done again.
 
     workers  processes; by default one a core, and none beside this one where there is little to do
+    force    begin also with what does not fit, as far as can be told
     Returns one record for each document. Raises before any work for whatever can be known from headers.
     """
     began = time.perf_counter()
     todo = orders(file, out, settings, zoo)
     for order in todo:
         ready(order)
+    if not force:
+        refuse([order for order in todo if not order.done], workers)
     planned_in = time.perf_counter() - began
     done: list[dict[str, Any]] = []
     for k, order in enumerate(todo):
@@ -114,6 +122,31 @@ def merge_file(file: Path, out: Path, settings: Settings, zoo: Zoo | None = None
                 raise
         done[-1]["seconds"]["plan"] = planned_in if not k else 0.0
     return done
+
+
+def refuse(todo: Sequence[Order], workers: int | None) -> None:
+    """Raise RunError where what is to be made has no room on its disk, or in memory while it is made."""
+    if not todo:
+        return
+    written, free = sum(_bytes(order)["bytes_written"] for order in todo), free_disk(todo[0].out)
+    begun = sum(size_of(draft) for order in todo if (draft := _draft(order)).is_dir())
+    if written - begun > free:
+        raise RunError(f"what is to be made takes {human(written - begun)}, and the disk of {todo[0].out} has "
+                       f"{human(free)} left", fix="choose a folder on another disk, say  --out-dtype bfloat16  if it "
+                       f"would be wider, or {ANYWAY}")
+    memory = free_memory()
+    for order in todo:
+        if memory is None or not isinstance(order, Dense) or order.merge is None or order.settings.device != "cpu":
+            continue
+        number, merge = _processes(order, workers), order.merge
+        if held(merge) > SMALL and (peak := taken(merge, number)) > memory:
+            fewer = next((f"--workers {k}" for k in range(number - 1, 0, -1) if taken(merge, k) <= memory), "")
+            raise RunError(f"{order.out} takes {human(peak)} of memory with {max(1, number)} processes, and "
+                           f"{human(memory)} are free", fix=f"add {fewer}, or {ANYWAY}" if fewer else ANYWAY)
+
+
+def _draft(order: Order) -> Path:
+    return order.out.with_name(f".{order.out.name}.draft")
 
 
 def _processes(order: Order, workers: int | None) -> int:
@@ -146,12 +179,3 @@ def is_config(file: Path) -> bool:
     except OSError:
         return False
     return bool(OURS.search(text)) and not re.search(r"^steps\s*:", text, re.MULTILINE)
-
-
-def size(text: str) -> int:
-    """Bytes of a size such as 500MB or 5GB. Raises GlueError."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
-    bytes_ = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
-    if bytes_ < 1:
-        raise GlueError(f"'{one_line(text)}' is no size", fix="write a number and a unit: 500MB, 5GB")
-    return bytes_

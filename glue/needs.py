@@ -1,8 +1,8 @@
 """Needs: what a plan takes before it runs - downloads, room for products, memory - from headers alone.
 
-Memory is that of one worker, for what grows with the models: their weights in fp32, where they run; gradients and the
-two moments of AdamW beside them, where they are trained; the pieces of a merge. Activations, caches and programs come
-on top. What nothing is recorded of is not guessed at, and told as None.
+What grows with the models is told for one worker: their weights in the type that they run in; gradients and the two
+moments of AdamW beside them, where they are trained; the pieces of a merge. `Need.peak` is what all processes of a task
+take together. What nothing is recorded of is not guessed at, and told as None.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 from glue.checkpoint import Header, Weights
 from glue.errors import GlueError, NotHere, ZooError
 from glue.family import families
+from glue.footprint import MANY, WIDTHS, Footprint, compared, extracted, of_layer, sketched
 from glue.headers import TYPES, Recorded, factor_numbers, read_recorded
+from glue.hub import locate
 from glue.member import Member
 from glue.plan import Plan, Task, present
 from glue.snapshot import whole
@@ -37,9 +39,12 @@ class Extent:
 class Need:
     """What one task takes, in bytes; None where that is not known.
 
-    each   the line is made once for each element of a group, and this is one of them
-    exact  False where it is about so much
-    open   something is written, and how much is not known
+    memory  of what grows with the models, one worker: of the host, or of the device where that is one of its own
+    each    the line is made once for each element of a group, and this is one of them
+    exact   False where it is about so much
+    open    something is written, and how much is not known
+    hold    all of what it holds in memory
+    device  cpu, or where its models run
     """
 
     read: int | None
@@ -48,6 +53,20 @@ class Need:
     each: bool = False
     exact: bool = True
     open: bool = False
+    hold: Footprint | None = None
+    device: str = "cpu"
+
+    def peak(self, workers: int) -> int | None:
+        """Bytes of host memory that all processes take together where this task runs alone."""
+        if self.hold is None:
+            return None
+        return self.hold.peak(workers) if self.device == "cpu" else replace(self.hold, call=0).peak(workers)
+
+    def on_device(self, workers: int) -> int:
+        """Bytes of the memory of its device; 0 on the host."""
+        if self.hold is None or self.device == "cpu":
+            return 0
+        return max(1, min(workers, self.hold.calls)) * self.hold.call
 
 
 @dataclass(frozen=True)
@@ -90,9 +109,9 @@ class Needs:
                 not any(need.open or need.each and need.written for need in self.tasks.values()))
 
 
-def needs(plan: Plan) -> Needs:
-    """What a plan takes. Reads headers; raises nothing that a run would not tell better."""
-    counting = _Counting(read_recorded(plan.zoo.file))
+def needs(plan: Plan, workers: int = 1) -> Needs:
+    """What a plan takes with so many workers. Reads headers; raises nothing that a run would not tell better."""
+    counting = _Counting(read_recorded(plan.zoo.file), workers)
     found = {task.name: counting.need(task) for task in plan if task.state not in ("done", "alias")}
     lacking: dict[str, Lacking] = {}
     for member in (member for task in plan for one in task.lacks for member in _below(one)):
@@ -133,11 +152,23 @@ def _of_each(name: str, level: str, dense: int) -> bool:
     return level == "text" or int(found[1]) >= dense and (level != "ffn" or bool(found[2]))
 
 
+def _mixed(member: Member) -> Extent | None:
+    """A mixture that is there: its numbers as it runs, and the bytes of its files."""
+    from glue.kinds.size import size
+
+    try:
+        files = sum(file.stat().st_size for file in locate(member.path).rglob("*.safetensors"))
+        return Extent(size(member).whole, files)
+    except (GlueError, OSError):
+        return None
+
+
 class _Counting:
     """Goes through the tasks of a plan in order, and remembers how large each product will be."""
 
-    def __init__(self, recorded: Mapping[str, Recorded]):
-        self.recorded = recorded
+    def __init__(self, recorded: Mapping[str, Recorded], workers: int):
+        self.recorded, self.workers = recorded, workers
+        self.opened: dict[tuple[str, str, str], Weights | None] = {}
         self.made: dict[str, list[Extent | None]] = {}
 
     def need(self, task: Task) -> Need:
@@ -150,9 +181,10 @@ class _Counting:
         traits = families("steps")[task.step].traits if task.choice else {}
         made = self._makes(task, members, sizes, traits.get("writes"))
         self.made[task.name] = several if task.makes == "group" and not each else [made]
+        hold = self._holds(task, members, sizes, traits.get("holds"))
         return Need(sum(one.nbytes for one in sizes) if sizes and not each else None, made.nbytes if made else None,
-                    self._memory(task, members, sizes, traits.get("holds")), each, exact,
-                    bool(traits.get("writes")) and made is None)
+                    hold.call if hold else None, each, exact, bool(traits.get("writes")) and made is None, hold,
+                    str(task.choice.params.get("device") or "cpu") if task.choice else "cpu")
 
     def _makes(self, task: Task, members: Sequence[Member], sizes: list[Extent], writes: Any) -> Extent | None:
         if task.choice is None or not sizes or not writes:
@@ -185,47 +217,88 @@ class _Counting:
         return Extent(numbers, nbytes, exact=False)
 
     def _adapter(self, task: Task, members: Sequence[Member]) -> Extent | None:
-        """What is trained of an adapter on layers that the line names, at the largest of its ranks, in fp32."""
+        """The factors of an adapter at the largest of its ranks: those that are trained in fp32, or are cut out."""
         assert task.choice is not None
         params = task.choice.params
         rank, found = params.get("rank"), self.weights(members[0]) if members else None
-        if found is None or not params.get("targets") or rank is None:
+        cut = task.step == "extract"
+        if found is None or rank is None or not (cut or params.get("targets")):
             return None
         largest = max(rank.values()) if isinstance(rank, dict) else rank
-        numbers = factor_numbers(found.headers, params["targets"], largest)
-        return Extent(numbers, numbers * RUNS)
+        numbers = factor_numbers(self._layers(task, found), None, largest) if cut else \
+            factor_numbers(found.headers, params["targets"], largest)
+        exact = not cut or not (params["energy"] or params["error"])  # which are content with less
+        return Extent(numbers, numbers * (TYPES[params["dtype"]].itemsize if cut else RUNS), exact)
 
-    def _memory(self, task: Task, members: Sequence[Member], sizes: list[Extent], holds: Any) -> int | None:
+    def _layers(self, task: Task, found: Weights) -> dict[str, Header]:
+        """What an adapter is cut out of, as far as names tell."""
+        assert task.choice is not None
+        targets = task.choice.params["targets"]
+        return {name: header for name, header in found.headers.items() if of_layer(name, header.shape)
+                and (not targets or f".{name}".removesuffix(".weight").endswith(tuple(f".{one}" for one in targets)))}
+
+    def _holds(self, task: Task, members: Sequence[Member], sizes: list[Extent], holds: Any) -> Footprint | None:
         if task.choice is None or not sizes:
             return None
-        largest = max(one.parameters for one in sizes)
+        params, largest = task.choice.params, max(one.parameters for one in sizes)
+        wide = WIDTHS.get(str(params.get("dtype") or ""), RUNS)
         if holds == "runs":
-            return largest * RUNS
+            number = max(1, len(members) + len(task.waits_for))
+            return Footprint(int(largest * wide), MANY if task.step == "search" else number)
         if holds == "trains":
             trained = self._adapter(task, members) if task.makes == "adapter" else None
-            return largest * RUNS + trained.parameters * TRAINS if trained else largest * TRAINS
-        return self._merged(task, members) if holds == "pieces" else None
+            clients = params.get("clients", 1)
+            number = clients if isinstance(clients, int) else len(clients)
+            return Footprint(int(largest * wide) + trained.parameters * TRAINS if trained else largest * TRAINS, number)
+        if task.waits_for:
+            return None
+        if holds == "pieces":
+            return self._merged(task, members)
+        return self._looked_at(task, members) if holds else None
 
-    def _merged(self, task: Task, members: Sequence[Member]) -> int | None:
-        """What a worker holds of a merge whose members are all known."""
+    def _merged(self, task: Task, members: Sequence[Member]) -> Footprint | None:
+        """A merge whose members are all known."""
         from glue.merge.engine import prepared
-        from glue.merge.estimate import PROCESS, held
+        from glue.merge.estimate import held
         from glue.merge.leaf import Source
 
         assert task.choice is not None
         method, base = task.choice.params["method"], task.choice.params.get("base")
-        if task.waits_for or method.method.traits["space"] == "factors":
+        if method.method.traits["space"] == "factors":
             return None
         found = {member.name: self.weights(member) for member in members}
-        sources = {name: Source(name, weights) for name, weights in found.items() if weights is not None}
+        # headers are enough: what is in files is not looked into
+        sources = {name: Source(name, Recorded(name, weights.headers)) for name, weights in found.items()
+                   if weights is not None}
         below = sources.get(base) if isinstance(base, str) else None
         try:
-            return PROCESS + held(prepared(method, [one for name, one in sources.items() if name != base], below))
+            merge = prepared(method, [one for name, one in sources.items() if name != base], below)
         except GlueError:
             return None
+        return Footprint(held(merge), min(MANY, len(merge.targets)))
+
+    def _looked_at(self, task: Task, members: Sequence[Member]) -> Footprint | None:
+        """Members whose weights are compared, or taken apart."""
+        assert task.choice is not None
+        params, known = task.choice.params, [self.weights(member) for member in members]
+        sources = [one for one in known if one is not None]
+        if len(sources) < len(known) or len(sources) < 2:
+            return None
+        if task.step == "extract":
+            layers = self._layers(task, sources[0])
+            return extracted(layers, params["rank"], TYPES[params["dtype"]].itemsize, self.workers) if layers else None
+        exact = compared(sources, max(1, self.workers), delta=params["mode"] == "delta")
+        both = [exact, sketched(sources, len(sources))] if params["sketch"] else [exact]
+        return max(both, key=lambda one: one.peak(self.workers))
 
     def weights(self, member: Member) -> Weights | None:
         """Headers of a member: those of its files, or recorded ones."""
+        key = member.kind, member.name, member.path
+        if key not in self.opened:
+            self.opened[key] = self._weights(member)
+        return self.opened[key]
+
+    def _weights(self, member: Member) -> Weights | None:
         if present(member):
             from glue.kinds import weights
 
@@ -238,6 +311,8 @@ class _Counting:
 
     def extent(self, member: Member) -> Extent | None:
         """How large a member is; None where nothing is known of it."""
+        if member.kind == "mixture" and present(member):
+            return _mixed(member)
         found = self.weights(member) if member.kind in MODELS else None
         if found is None:
             return None

@@ -14,8 +14,12 @@ from glue.workers import Workers
 from glue.zoo import Zoo
 
 
-def step(zoo: Zoo, name: str, word: str, params: dict[str, Any], workers: Workers, watcher: Watcher) -> Plan:
-    """Run one step on the zoo; what it leaves is registered as `once/<name>`, which is `plan[name]`."""
+def step(zoo: Zoo, name: str, word: str, params: dict[str, Any], workers: Workers, watcher: Watcher,
+         *, force: bool = False) -> Plan:
+    """Run one step on the zoo; what it leaves is registered as `once/<name>`, which is `plan[name]`.
+
+    force  as of `run`
+    """
     doc = Document({}, "command line", {(): Place("command line", 1, 1)})
     recipe = Recipe("once", Path("command line"), (Line("once", name, word, None, 0, (), params, 0, doc),))
-    return run(recipe, zoo, workers, watcher)
+    return run(recipe, zoo, workers, watcher, force=force)

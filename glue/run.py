@@ -22,13 +22,17 @@ from pathlib import Path
 from glue.cards import source, told, write_card
 from glue.errors import GlueError, RunError
 from glue.files import append_line, point, publish, write_aside
+from glue.fit import refuse
 from glue.identity import checkpoints, identify, remember
 from glue.member import FOLDER_NOTE, Member, Origin, Table, canonical
 from glue.plan import Plan, Task, make_plan
 from glue.recipe import Recipe
+from glue.room import free_memory
+from glue.spare import DRAFTS, lives
 from glue.stamp import stamp
 from glue.steps import RUNS, Job, Made
 from glue.workers import Workers
+from glue.workers_ray import RayWorkers
 from glue.zoo import Zoo
 
 RECORDED = ("glue", "torch", "transformers", "numpy", "safetensors", "lm_eval")
@@ -50,22 +54,26 @@ class Watcher:
         """A task has left its member."""
 
 
-def run(recipe: Recipe, zoo: Zoo, workers: Workers, watcher: Watcher | None = None) -> Plan:
+def run(recipe: Recipe, zoo: Zoo, workers: Workers, watcher: Watcher | None = None, *, force: bool = False) -> Plan:
     """Make everything a recipe asks for and return its plan, now done.
 
-    Raises RunError for the first task that fails, after those beside it have finished; KeyboardInterrupt passes
-    through. In both cases everything finished is registered and the same call goes on from there.
+    force  begin also with what does not fit, as far as can be told
+    Raises RunError before any work for what does not fit, and for the first task that fails, after those beside it
+    have finished; KeyboardInterrupt passes through. In all cases everything finished is registered and the same call
+    goes on from there.
     """
-    return _Run(recipe, zoo, workers, watcher or Watcher()).all()
+    return _Run(recipe, zoo, workers, watcher or Watcher(), force).all()
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, zoo: Zoo, workers: Workers, watcher: Watcher):
-        self.recipe, self.zoo, self.workers, self.watcher = recipe, zoo, workers, watcher
+    def __init__(self, recipe: Recipe, zoo: Zoo, workers: Workers, watcher: Watcher, force: bool):
+        self.recipe, self.zoo, self.workers, self.watcher, self.force = recipe, zoo, workers, watcher, force
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         self.journal = zoo.file.parent / "runs" / f"{recipe.name}-{stamp}-{os.getpid()}.jsonl"
-        self.drafts = zoo.folder / ".drafts"
+        self.drafts = zoo.folder / DRAFTS
         self.running: dict[Future, tuple[Task, float]] = {}
+        self.looked_at: set[str] = set()  # tasks that are known to fit
+        self.memory = None if isinstance(workers, RayWorkers) else free_memory()  # here, before there are workers
 
     def all(self) -> Plan:
         """Plan, start what is ready, wait for something to finish, register it, and again."""
@@ -76,6 +84,7 @@ class _Run:
             try:
                 while True:
                     self.watcher.planned(plan)
+                    self._refuse(plan)
                     self._register_aliases(plan)
                     self._start_ready(plan, threads)
                     if not self.running:
@@ -92,6 +101,19 @@ class _Run:
         plan = make_plan(self.recipe, self.zoo)
         assert plan.done, [task.name for task in plan if task.state != "done"]
         return plan
+
+    def _refuse(self, plan: Plan) -> None:
+        """Raise where what is yet to be made does not fit; once, and again when more of it is known."""
+        names = {task.name for task in plan if task.state in ("ready", "waiting", "deferred")}
+        known = {task.name for task in plan if task.state in ("ready", "waiting")}
+        if self.force or not names or known <= self.looked_at and self.looked_at:
+            return
+        self.looked_at |= known
+        try:
+            refuse(plan, self.workers.number, self.memory)
+        except GlueError:
+            self._rest()
+            raise
 
     def _register_aliases(self, plan: Plan) -> None:
         for task in plan:
@@ -220,7 +242,7 @@ class _Run:
         draft = self.drafts / f"{task.origin.key[:16]}-{os.getpid()}"
         shutil.rmtree(draft, ignore_errors=True)
         for left in sorted(self.drafts.glob(f"{task.origin.key[:16]}-*")):
-            if not _lives(int(left.name.rsplit("-", 1)[1])):
+            if not lives(left):
                 with suppress(OSError):  # another run was faster
                     left.rename(draft)
                     return draft
@@ -248,23 +270,13 @@ class _Run:
     def _sweep(self, kept: set[str]) -> None:
         """Remove the drafts of runs that are no longer there, but for those that can be gone on with."""
         for draft in self.drafts.glob("*-*") if self.drafts.exists() else ():
-            if draft.name.rsplit("-", 1)[0] not in kept and not _lives(int(draft.name.rsplit("-", 1)[1])):
+            if draft.name.rsplit("-", 1)[0] not in kept and not lives(draft):
                 shutil.rmtree(draft, ignore_errors=True)
 
     def _note(self, event: str, task: Task, **more: object) -> None:
         record = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, "task": task.name,
                   "origin": task.origin.key if task.origin else None, **more}
         append_line(self.journal, canonical(record))
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def with_identity(made: Made, zoo: Zoo) -> Made:

@@ -19,6 +19,7 @@ from glue.errors import CheckpointError, GlueError, Mistakes, ZooError, did_you_
 from glue.files import append_line, whole_lines
 from glue.hub import well_formed
 from glue.member import CHANGES, Element, Member, Origin, canonical, with_article
+from glue.room import size
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"
 NAME = re.compile(rf"{_PART}(/{_PART})*")
@@ -26,7 +27,7 @@ TAG = re.compile(_PART)
 NAME_RULE = "a name has parts of letters, digits and . _ + - between slashes; each begins with a letter or digit"
 WRITTEN = {"kind": str, "path": str, "tags": list, "base": str, "licence": str, "note": str}
 KINDS = ("model", *CHANGES, "mixture", "endpoint", "dataset")  # that people may add; steps also leave tables and groups
-TOP = ("members", "include")
+TOP = ("members", "include", "budget")
 REGISTER = "zoo/members.yaml"
 HEADING = "# Products, appended by glue; one record a line. Do not edit: see `glue zoo remove` and `glue zoo tag`."
 
@@ -43,6 +44,7 @@ class Zoo:
         self.folder = self.register.parent
         self._versions: dict[str, list[Member]] = {}
         self._written: dict[str, Member] = {}
+        self.budget: int | None = None  # bytes that all products together may take
         self.digests = self.folder / "digests.json"  # known identities of folders, a cache
         self._read_written()
         self._read_register()
@@ -66,6 +68,11 @@ class Zoo:
         if top.get("include", REGISTER) != REGISTER:
             errors.append(ZooError("products are always registered in zoo/members.yaml", place=doc.place("include"),
                                    fix=f"write  include: {REGISTER}"))
+        try:
+            self.budget = size(str(top["budget"])) if "budget" in top else None
+        except GlueError as error:
+            errors.append(ZooError(f"'budget' is what products may take of the disk: {error.what}", fix=error.fix,
+                                   place=doc.place("budget")))
         for name, entry in entries.items():
             if problem := _problem(name, entry):
                 errors.append(problem.at(doc.place("members", name)))

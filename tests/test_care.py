@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from glue.care import added, start, unreferenced, verified
+from glue.care import added, start, verified
 from glue.errors import ZooError
 from glue.identity import identify
 from glue.member import FOLDER_NOTE, Element, Member, Origin
+from glue.spare import ANSWERED, DRAFTS, products, pruned, stale, unreferenced
 from glue.zoo import Zoo
 
 
@@ -168,3 +171,46 @@ def test_a_zoo_is_started_once_and_can_be_opened(tmp_path):
     assert wrote == ["zoo.yaml", "recipes/average.yaml", ".gitignore"] and list(Zoo(tmp_path / "zoo.yaml")) == []
     with pytest.raises(ZooError, match="is there already"):
         list(start(tmp_path))
+
+
+def test_drafts_of_runs_that_have_ended_and_answers_of_members_that_are_gone_are_cleared_too(zoo, made):
+    member = made("x", 1)
+    drafts, answered = zoo.folder / DRAFTS, zoo.folder / ANSWERED
+    for name in (f"{'a' * 16}-{os.getpid()}", f"{'b' * 16}-{2**22 + 1}"):
+        (drafts / name).mkdir(parents=True)
+        (drafts / name / "part").write_text("12345")
+    answered.mkdir()
+    for digest in (member.digest, "0" * 32):
+        (answered / f"{digest}-tasks-dev.jsonl").write_text("{}\n")
+    found = Zoo(zoo.file)
+    assert [(one.path.name, one.size) for one in stale(found, delete=False)] == [
+        (f"{'b' * 16}-{2**22 + 1}", 5), (f"{'0' * 32}-tasks-dev.jsonl", 3)]
+    assert len(list(drafts.iterdir())) == len(list(answered.iterdir())) == 2
+    stale(found, delete=True)
+    assert [path.name for path in drafts.iterdir()] == [f"{'a' * 16}-{os.getpid()}"]
+    assert [path.name for path in answered.iterdir()] == [f"{member.digest}-tasks-dev.jsonl"]
+
+
+def test_answers_are_left_alone_where_a_member_is_not_here_to_tell_whose_they_are(zoo):
+    zoo.file.write_text("members:\n  away: {path: hub:nobody/nothing}\n")
+    (zoo.folder / ANSWERED).mkdir(parents=True)
+    (zoo.folder / ANSWERED / f"{'0' * 32}-tasks-dev.jsonl").write_text("{}\n")
+    assert stale(Zoo(zoo.file), delete=True) == []
+
+
+def test_digests_of_folders_that_are_gone_are_forgotten(zoo, made):
+    gone, kept = made("gone", 1), made("kept", 2)
+    for member in (gone, kept):
+        identify(Path(member.path), zoo.digests)
+    assert set(json.loads(zoo.digests.read_bytes())) == {gone.path, kept.path} and pruned(zoo, delete=True) == 0
+    shutil.rmtree(gone.path)
+    assert pruned(zoo, delete=False) == 1 and len(json.loads(zoo.digests.read_bytes())) == 2
+    assert pruned(zoo, delete=True) == 1 and set(json.loads(zoo.digests.read_bytes())) == {kept.path}
+
+
+def test_products_are_counted_with_their_bytes(zoo, made):
+    one, other = made("one", 1), made("other", 2)
+    files = [file for member in (one, other) for file in Path(member.path).rglob("*") if file.is_file()]
+    assert products(zoo) == (2, sum(file.stat().st_size for file in files))
+    os.link(files[0], files[0].with_name("again"))
+    assert products(zoo)[1] == sum(file.stat().st_size for file in files), "a file with two names lies there once"

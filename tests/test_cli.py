@@ -84,7 +84,7 @@ def test_run_then_list_show_tag_remove_and_gc(glue: Glue, tmp_path: Path):
     assert [entry["name"] for entry in json.loads(glue("zoo", "list", "tag:mine", "--json")[1])] == ["r/words"]
     assert glue("zoo", "tag", "r/words", "--drop", "mine")[1] == "r/words: no tags\n"
 
-    assert "0 folders" in glue("zoo", "gc")[1]
+    assert "0 files and folders" in glue("zoo", "gc")[1]
     folder = Path(listed["r/words"]["path"])
     assert glue("zoo", "remove", "r/words")[0] == 0
     told = glue("zoo", "gc")[1]

@@ -18,8 +18,9 @@ import torch
 from glue.checkpoint import Checkpoint, Header, weights_digest
 from glue.errors import CheckpointError, GlueError, RecipeError, RunError
 from glue.member import FOLDER_NOTE
-from glue.merges import is_config, merge_file, order_row, size
+from glue.merges import is_config, merge_file, order_row
 from glue.orders import Settings, orders
+from glue.room import size
 from glue.writer import JOURNAL, Writer
 from glue.zoo import Zoo
 

@@ -5,6 +5,7 @@
     python -m benchmarks.speed similarity [--shape 160m] [--members 8,16] [--json FILE]     measures comparisons
     python -m benchmarks.speed mixtures [--shape 160m] [--levels model,block] [--json FILE] measures mixtures
     python -m benchmarks.speed fold [--shape 1b1] [--clients 8,64] [--json FILE]            measures folds of adapters
+    python -m benchmarks.speed size [--shape 7b] [--json FILE]                              measures steps at a size
     python -m benchmarks.speed shapley [--games 5] [--json FILE]                            counts fits of a valuation
     python -m benchmarks.speed table FILE.json ... [--into README.md [--check]]             prints, or fills a page
 """
@@ -97,6 +98,13 @@ def fold(given: argparse.Namespace) -> int:
     return main(given)
 
 
+def size(given: argparse.Namespace) -> int:
+    """Measure what steps take on a pair of large models, beside what their plan says."""
+    from benchmarks.speed.size import main
+
+    return main(given)
+
+
 def shapley(given: argparse.Namespace) -> int:
     """Count the fits that a table of values takes, beside the published scheme."""
     from benchmarks.speed.shapley import main
@@ -142,7 +150,7 @@ def _warm(folder: Path, bench: Bench) -> None:
 
 
 WHAT = {"merge": merge, "search": search, "similarity": similarity, "mixtures": mixtures, "fold": fold,
-        "shapley": shapley, "table": table}
+        "size": size, "shapley": shapley, "table": table}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -195,6 +203,12 @@ def _parser() -> argparse.ArgumentParser:
     folds.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "glue-speed",
                        help="where adapters are made and kept")
     folds.add_argument("--json", type=Path, help="write results here, row by row")
+    sizes = what.add_parser("size", help="measure what steps take on a pair of models, beside what their plan says")
+    sizes.add_argument("--shape", choices=[*SHAPES], default="7b", help="of the models (7b)")
+    sizes.add_argument("--rows", default="", help="which, with commas between; all")
+    sizes.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "glue-speed",
+                       help="where models are made and kept")
+    sizes.add_argument("--json", type=Path, help="write results here, row by row")
     values = what.add_parser("shapley", help="count the fits that values of clusters take, beside the published scheme")
     values.add_argument("--games", type=int, default=5, help="how many are played, by all ways (5)")
     values.add_argument("--json", type=Path, help="write results here")

@@ -34,6 +34,9 @@ class Ran:
     private    the same with everything once; 0 where the run was not watched closely and had several processes
     resident   peak bytes including mapped files, all processes together, what is shared in each
     processes  the most that were alive at once
+    read       bytes that all processes together had brought from the disk when they were last looked at; what was in
+               the page cache already is none of them
+    written    bytes that they had handed to be written
     output     what it printed
     """
 
@@ -45,6 +48,8 @@ class Ran:
     private: int
     resident: int
     processes: int
+    read: int
+    written: int
     output: str
 
 
@@ -74,7 +79,7 @@ def run(command: Sequence[str], *, folder: Path, environment: Mapping[str, str],
             raise RunError(f"{' '.join(command)} ended with code {child.returncode}:\n" + "\n".join(tail))
         private = watcher.private if watcher.processes > 1 else watcher.anonymous
         return Ran(wall, cpu, max(0.0, (_busy() - busy - cpu) / wall), 512 * used.ru_inblock, watcher.anonymous,
-                   private, watcher.resident, watcher.processes, out.read().decode())
+                   private, watcher.resident, watcher.processes, watcher.read, watcher.written, out.read().decode())
 
 
 class _Watcher(threading.Thread):
@@ -82,6 +87,7 @@ class _Watcher(threading.Thread):
         super().__init__(daemon=True)
         self.root, self.closely = root, closely
         self.anonymous = self.private = self.resident = self.processes = 0
+        self.read = self.written = 0
         self._over = threading.Event()
 
     def run(self) -> None:
@@ -95,6 +101,9 @@ class _Watcher(threading.Thread):
             if self.closely:
                 looks = [_counts(process, "smaps_rollup") for process in tree]
                 self.private = max(self.private, sum(look["Pss_Anon"] + look["Pss_Shmem"] for look in looks))
+            looks = [_counts(process, "io", "") for process in tree]  # with what its children have read that ended
+            self.read = max(self.read, sum(look["read_bytes"] for look in looks))
+            self.written = max(self.written, sum(look["write_bytes"] for look in looks))
             pause = max(PAUSE, time.perf_counter() - start)
 
     def stop(self) -> None:
@@ -115,14 +124,16 @@ def _tree(root: int) -> list[int]:
     return found
 
 
-def _counts(process: int, file: str) -> Counter[str]:
-    """The lines `word: number kB` of a file of /proc, in bytes; nothing of a process that has ended since."""
+def _counts(process: int, file: str, unit: str = "kB") -> Counter[str]:
+    """The lines `word: number kB` of a file of /proc, or those without a unit, in bytes; nothing of a process that has
+    ended since."""
     found: Counter[str] = Counter()
     with suppress(OSError):
         for line in Path(f"/proc/{process}/{file}").read_text().splitlines():
             word, _, rest = line.partition(":")
-            if rest.endswith("kB"):
-                found[word] = 1024 * int(rest.split()[0])
+            number, *more = rest.split() or [""]
+            if number.isdecimal() and more == unit.split():
+                found[word] = int(number) * (1024 if unit else 1)
     return found
 
 

@@ -20,7 +20,16 @@ Pair = Mapping[str, Any]
 
 def markdown(files: Sequence[Path]) -> str:
     """The tables of some files of results, one after the other."""
-    return "\n\n".join("\n".join(_tables(json.loads(file.read_text()))) for file in files)
+    return "\n\n".join(_page(json.loads(file.read_text())) for file in files)
+
+
+def _page(results: Mapping[str, Any]) -> str:
+    """The tables of some results: those of merges, or of what steps take at a size."""
+    if results.get("measures") == "size":
+        from benchmarks.speed.size import page
+
+        return page(results)
+    return "\n".join(_tables(results))
 
 
 def put(page: Path, files: Sequence[Path]) -> str:

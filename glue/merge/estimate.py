@@ -16,8 +16,10 @@ from glue.merge.engine import Merge
 from glue.merge.leaf import Source
 from glue.merge.target import PIECE, Input, Target
 
-PROBE = 1 << 26     # bytes that are read and written to see how fast the disk is now
-PROCESS = 70 << 20  # bytes that a worker takes before it holds a tensor
+PROBE = 1 << 26      # bytes that are read and written to see how fast the disk is now
+PLANS = 150_000_000  # bytes of the process that plans a merge, before any tensor
+FORKED = 12_000_000  # bytes that a worker which is forked from it does not share with it
+GLANCE, SAMPLED = 1 << 20, 32  # of a glance at each member: bytes that it collects, and one byte of so many entries
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Cost:
     """What a merge takes.
 
     read     bytes of the tensors that go in, each counted once      passes   how often they are gone through
-    written  bytes                                                   memory   private bytes of all workers, at most
+    written  bytes                                                   memory   private bytes of all processes, at most
     seconds  None where the method sees whole tensors, whose time does not grow with their size alone
     """
 
@@ -50,7 +52,12 @@ def cost(merge: Merge, workers: int, disk: Path) -> Cost:
     if work is not None:
         reading, writing = _probe(merge, disk)
         seconds = max(work / max(1, workers), sum(inputs.values()) / reading, written / writing)
-    return Cost(sum(inputs.values()), passes, written, max(1, workers) * (PROCESS + held(merge)), seconds)
+    return Cost(sum(inputs.values()), passes, written, memory(merge, workers), seconds)
+
+
+def memory(merge: Merge, workers: int) -> int:
+    """Private bytes of all processes of a merge from a config, at most."""
+    return PLANS + (workers * (FORKED + held(merge)) if workers > 1 else held(merge))
 
 
 def held(merge: Merge) -> int:
@@ -62,7 +69,8 @@ def held(merge: Merge) -> int:
             rows, columns = numel // max(1, target.header.shape[-1]), target.header.shape[-1]
             return (n + 2) * numel * size + 40 * min(rows, columns) ** 2 + size * max(rows, columns) ** 2
         row = target.header.shape[-1] if target.header.shape else 1
-        return (2 * n + 4) * min(numel, max(PIECE, row if target.sees == "rows" else 0)) * size
+        seen = n * (min(GLANCE, 4 * numel) + numel // SAMPLED) if "glance" in target.choice.method.traits else 0
+        return seen + (2 * n + 4) * min(numel, max(PIECE, row if target.sees == "rows" else 0)) * size
 
     return max((one(target) for target in merge.targets.values()), default=0)
 

@@ -14,7 +14,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from glue.merge.matrices import EPS, dots, eigen, one_thread
+from glue.merge.matrices import EPS, Matrix, dots, eigen, one_thread
 from glue.merge.parameters import whole
 
 
@@ -121,7 +121,7 @@ def recompressed(change: Factors, keep: Keep) -> Factors:
         return Factors((back[:, None] * (u[:, :k].T @ left)) @ a, b @ (right.T @ v[:k].T * back), 1.0, values)
 
 
-def factored(delta: Tensor, keep: Keep) -> Factors:
+def factored(delta: Matrix, keep: Keep) -> Factors:
     """The nearest change of lower rank to a dense one, [m, n].
 
     It is found from the inner products of the shorter side: singular values below sqrt(rows eps) of the largest, which
@@ -137,7 +137,8 @@ def factored(delta: Tensor, keep: Keep) -> Factors:
         real = max(1, int((squares > len(squares) * EPS * squares[0]).sum()))
         k = min(keep.count(values), real)
         root = values[:k].sqrt()
-        b = vectors[:, :k]
+        b = vectors[:, :k].clone()  # a view would hold all of them
+        del vectors
         a = torch.where(root > 0, 1 / root, 0.0)[:, None] * (b.T @ delta.double())
         return Factors(a, b * root, 1.0, values)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -81,7 +81,21 @@ def eigen(products: Tensor) -> tuple[Tensor, Tensor]:
     return values, products.mT
 
 
-def dots(*parts: Tensor) -> Tensor:
+class Matrix(Protocol):
+    """[rows, columns], as a tensor or as something that makes a part of it when that is asked for."""
+
+    @property
+    def T(self) -> Any: ...
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def device(self) -> torch.device: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, at: Any, /) -> Tensor: ...
+    def double(self) -> Tensor: ...
+
+
+def dots(*parts: Matrix) -> Tensor:
     """Inner products of all rows of matrices [rows_i, columns]: [sum of rows, sum of rows], fp64."""
     rows = sum(len(part) for part in parts)
     found = torch.zeros(rows, rows, dtype=torch.float64, device=parts[0].device)
@@ -107,7 +121,7 @@ def length(matrix: Tensor) -> float:
     return float(torch.linalg.vector_norm(torch.stack(parts)))
 
 
-def _blocks(parts: tuple[Tensor, ...]) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(parts: tuple[Matrix, ...]) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, parts[0].shape[1], COLUMNS):
         at = slice(start, start + COLUMNS)
         yield at, torch.cat([part[:, at] for part in parts]).double()

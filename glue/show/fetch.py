@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from glue.fetch import Asked, Bundle, check_room
-from glue.show.terminal import bar, human
+from glue.room import human
+from glue.show.terminal import bar
 
 
 def print_bundles(asked: Sequence[Asked], bundles: Sequence[Bundle], *, error: bool) -> None:

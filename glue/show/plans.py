@@ -18,44 +18,48 @@ from glue.merges import order_row
 from glue.needs import Lacking, Needs, needs
 from glue.orders import Order
 from glue.plan import Plan, Task
-from glue.show.terminal import console, human
+from glue.room import free_disk, free_memory, human
+from glue.show.terminal import console
 
 STATES = {"done": "green", "alias": "green", "ready": "yellow", "waiting": "dim", "deferred": "dim",
           "missing": "red"}
 
 
-def print_plan(plan: Plan, as_json: bool) -> None:
-    """The tasks of a plan: state, inputs with their size, place of the product."""
-    taken = needs(plan) if any(task.lacks for task in plan) else None
-    rows = plan_rows(plan) if taken is None else [_needing(row, taken) for row in plan_rows(plan)]
+def print_plan(plan: Plan, as_json: bool, workers: int = 1) -> None:
+    """The tasks of a plan: state, inputs with their size, place of the product, and what each will take."""
+    taken = needs(plan, workers)
+    rows = [_needing(row, taken, workers) for row in plan_rows(plan)]
     if as_json:
         print(json.dumps(rows, indent=1))
         return
+    lacking = any(task.lacks for task in plan)
+    device = any(row["bytes_device"] for row in rows)
     grid = Grid(title=f"{plan.recipe.name}: {plan.recipe.about}", title_justify="left", box=None, pad_edge=False)
-    for heading in ("state", "step", "makes", "reads", "writes", *(["memory"] if taken else [])):
+    for heading in ("state", "step", "makes", "reads", "writes", "memory", *(["on device"] * device)):
         grid.add_column(heading, overflow="fold")
     for row in rows:
         colour = STATES[row["state"]]
         reads = f"{len(row['inputs'])} members, {human(row['bytes_read'])}" if row["bytes_read"] else ""
         why = f" ({row['why']})" if row["why"] else ""
-        size = human(row["bytes_written"]) + " each" * row.get("each", False) if row["bytes_written"] else ""
-        memory = [human(row["bytes_memory"]) if row["bytes_memory"] else ""] if taken else []
+        size = human(row["bytes_written"]) + " each" * row["each"] if row["bytes_written"] else ""
+        memory = [human(row[key]) if row[key] else "" for key in ("bytes_peak", *(["bytes_device"] * device))]
         grid.add_row(f"[{colour}]{row['state']}[/]", row["step"], escape(row["name"] + why), reads,
                      ", ".join(filter(None, (row["folder"], size))), *memory)
     console().print(grid)
-    if taken:
-        _print_needs(taken, plan.recipe.file)
+    if taken.lacking:
+        _print_lacking(taken, plan.recipe.file)
+    _print_totals(plan, taken, workers)
     for remark in licence_remarks(plan):
         console().print(f"[yellow]note[/] {escape(remark)}")
     done = sum(task.state in ("done", "alias") for task in plan)
-    when = "once all is here, " if taken else ""
+    when = "once all is here, " if lacking else ""
     rest = "" if done == len(rows) else f"; {when}glue run {plan.recipe.file} makes the rest"
     print(f"{done} of {len(rows)} tasks are done{rest}")
 
 
-def print_orders(orders: Sequence[Order], as_json: bool) -> None:
+def print_orders(orders: Sequence[Order], as_json: bool, workers: int | None = None) -> None:
     """What a merge config will do: each output with its method, models, sizes, memory and time; and the notes."""
-    rows = [order_row(order) for order in orders]
+    rows = [order_row(order, workers) for order in orders]
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -120,13 +124,14 @@ def _told(task: Task, plan: Plan) -> dict[str, Any]:
             "folder": folder.removeprefix(root)}
 
 
-def _needing(row: dict[str, Any], taken: Needs) -> dict[str, Any]:
-    """The row of a task with what it takes, where files cannot be asked."""
+def _needing(row: dict[str, Any], taken: Needs, workers: int) -> dict[str, Any]:
+    """The row of a task with what it takes."""
     need = taken.tasks.get(row["name"])
     if need is None:
-        return {**row, "bytes_memory": 0, "each": False}
-    read, written = row["bytes_read"] or need.read or 0, row["bytes_written"] or need.written or 0
-    return {**row, "bytes_read": read, "bytes_written": written, "bytes_memory": need.memory or 0, "each": need.each,
+        return {**row, "bytes_memory": 0, "bytes_peak": 0, "bytes_device": 0, "each": False, "exact": True}
+    read, written = row["bytes_read"] or need.read or 0, need.written or row["bytes_written"] or 0
+    return {**row, "bytes_read": read, "bytes_written": written, "bytes_memory": need.memory or 0,
+            "bytes_peak": need.peak(workers) or 0, "bytes_device": need.on_device(workers), "each": need.each,
             "exact": need.exact, "lacks": [_lacking(one) for one in taken.lacking if one.member.name in row["lacks"]]}
 
 
@@ -135,8 +140,8 @@ def _lacking(one: Lacking) -> dict[str, Any]:
             "exact": bool(one.extent and one.extent.exact)}
 
 
-def _print_needs(taken: Needs, recipe: Path) -> None:
-    """What has to be brought, and what the rest will take."""
+def _print_lacking(taken: Needs, recipe: Path) -> None:
+    """What has to be brought."""
     total, exact = taken.download
     about = "" if exact else "about "
     more = f", and {taken.unknown} of unknown size" if taken.unknown else ""
@@ -146,10 +151,20 @@ def _print_needs(taken: Needs, recipe: Path) -> None:
         print(f"  {size:>9}  {one.how}")
     if any(one.member.path.startswith("hub:") for one in taken.lacking):
         print(f"glue zoo fetch {recipe}  brings what is on the hub")
+
+
+def _print_totals(plan: Plan, taken: Needs, workers: int) -> None:
+    """What all that is left to do will take, beside what is there."""
     written, all_of_them = taken.written
-    least = about if all_of_them else "at least "
-    print(f"products take {least}{written / 1e9:.2f} GB; a worker holds up to {taken.memory / 1e9:.2f} GB of "
-          f"weights, gradients and moments")
+    if written:
+        least = ("" if taken.download[1] else "about ") if all_of_them else "at least "
+        print(f"products take {least}{human(written)} of {human(free_disk(plan.zoo.folder))} that are free; "
+              f"a worker holds up to {human(taken.memory)} of models")
+    peaks = [peak for need in taken.tasks.values() if (peak := need.peak(workers))]
+    free = free_memory()
+    if peaks:
+        there = f" of {human(free)} that are free" if free else ""
+        print(f"memory: up to {human(max(peaks))} for one task with {workers} workers{there}")
 
 
 def _size(member: Member) -> int:

@@ -94,16 +94,6 @@ def passes(quiet: bool) -> Callable[[list[str]], Iterable[str]]:
                                disable=quiet or not stream.is_terminal)
 
 
-def human(size: int) -> str:
-    """Bytes as a person says them."""
-    number = float(size)
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"
-
-
 def titled(out: Console, title: str, headings: list[str], rows: list[list[str]]) -> None:
     """A title, and a table below it."""
     out.print(f"\n[italic]{escape(title)}[/]")

@@ -12,12 +12,14 @@ from rich.table import Table as Grid
 
 from glue.hub import Address, address
 from glue.member import Member
-from glue.show.terminal import console, human
+from glue.room import human
+from glue.show.terminal import console
 from glue.snapshot import lacking, sha256_of
 
 if TYPE_CHECKING:
     from glue.atlas import Atlas
     from glue.near import Near
+    from glue.zoo import Zoo
 
 VERDICTS = {"merge": "green", "merge with care": "yellow", "do not merge": "dim"}
 SHOWN = 20  # pairs of an atlas that a terminal shows
@@ -35,6 +37,15 @@ def print_members(members: Sequence[Member], as_json: bool) -> None:
         step = member.origin.step if member.origin else ""
         grid.add_row(escape(member.name), member.kind, step, ", ".join(sorted(member.tags)), escape(member.note))
     console().print(grid)
+
+
+def kept_line(zoo: Zoo) -> str:
+    """How many products there are, what they take, and what they may."""
+    from glue.spare import products
+
+    number, size = products(zoo)
+    of = f" of a budget of {human(zoo.budget)}" if zoo.budget else ""
+    return f"{number} products take {human(size)}{of}"
 
 
 def as_data(member: Member) -> dict[str, Any]:

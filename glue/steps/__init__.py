@@ -17,9 +17,9 @@ Three parameters say where and how models run, and may be said once for a whole 
 Traits: `makes` is the kind of member it leaves; `lone` lets a family of one pass through as it is; `named` says that
 names go into the result, so that they belong to its origin; `writes` says how large the result will be: as `one` of
 the models that go in, or as `all` of them; `holds` what of them is in memory: one that `runs` or `trains` at a time,
-or `pieces`; `resumes` that a draft which a killed run has left goes on where it was; `unkeyed` names parameters that
-say how the work is done and not what comes out, and are no part of the origin; `later` those that came later, and are
-none at their default, so that what was made before is still known. Two functions raise for what cannot
+`pieces`, or `matrices`; `resumes` that a draft which a killed run has left goes on where it was; `unkeyed` names
+parameters that say how the work is done and not what comes out, and are no part of the origin; `later` those that came
+later, and are none at their default, so that what was made before is still known. Two functions raise for what cannot
 work, before anything runs: `words` is called with the parameters as they are written, `check` with the members too,
 as soon as these are there.
 """

@@ -45,7 +45,8 @@ def readable(members: list[Member], mode: Mode, base: Member | None = None, **_:
         _start(members, base)
 
 
-@steps.add("cluster", makes="group", named=True, words=sensible, check=readable, source="arXiv:2410.05357")
+@steps.add("cluster", makes="group", named=True, holds="matrices", words=sensible, check=readable,
+           source="arXiv:2410.05357")
 def cluster(job: Job, *, members: Many, threshold: Probability = 0.95, linkage: Linkage = "average",
             part: Part = "all", mode: Mode = "raw", base: One | None = None, per: Per = "column",
             sketch: bool = False, vocabulary: Vocabulary = "same") -> Made:

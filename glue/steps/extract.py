@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +14,7 @@ from glue.files import write_aside
 from glue.member import Member
 from glue.steps import Job, Made, One, Tunable, steps
 from glue.steps.merge import cut_to, source_of, sources_of, told_base
+from glue.workers import Report
 
 if TYPE_CHECKING:
     from glue.merge.factors import Factors, Keep
@@ -42,7 +44,8 @@ def of_one_shape(model: Member, base: Member, targets: list[str] | None = None, 
                               fix="name linear layers, such as q_proj and v_proj, or leave targets out for all")
 
 
-@steps.add("extract", makes="adapter", words=sensible, check=of_one_shape, source="arXiv:2106.09685")
+@steps.add("extract", makes="adapter", writes="one", holds="matrices", words=sensible, check=of_one_shape,
+           source="arXiv:2106.09685")
 def extract(job: Job, *, model: One, base: Tunable, rank: Count | None = None, energy: Share | None = None,
             error: Share | None = None, targets: list[str] | None = None,
             dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> Made:
@@ -68,14 +71,18 @@ def extract(job: Job, *, model: One, base: Tunable, rank: Count | None = None, e
                           fix=f"leave it out; linear are {', '.join(sorted({end(layer) for layer in layers}))}")
     done = 0
 
-    def each(_: int, __: object) -> None:
+    def one_more(*_: object) -> None:
         nonlocal done
         done += 1
         job.report(done, len(chosen), "layers")
 
-    found = job.workers.map("glue.steps.extract:cut", [
-        (model, base, layer, Keep(rank, energy, error), dtype) for layer in chosen], each=each)
-    changes = {layer: (one,) for layer, one in zip(chosen, found, strict=True) if one is not None}
+    shapes = {layer: source_of(base).weights.headers[f"{layer}.weight"].shape  # type: ignore[union-attr]
+              for layer in chosen}
+    hands = deal(shapes, max(1, job.workers.number))
+    found = {layer: one for part in job.workers.map("glue.steps.extract:cut", [
+        (model, base, hand, Keep(rank, energy, error), dtype) for hand in hands], report=one_more)
+        for layer, one in part.items()}
+    changes = {layer: (found[layer],) for layer in chosen if layer in found}
     if not changes:
         raise MethodError(f"'{model.name}' changes nothing of '{base.name}' in the layers that are asked for",
                           fix="name other targets, or the base that it was tuned from")
@@ -123,16 +130,31 @@ def linear(base: Member) -> list[str]:
     return [layer for layer in linear_layers(base) if f"{layer}.weight" in headers]
 
 
-def cut(model: Member, base: Member, layer: str, keep: Keep, dtype: str) -> Factors | None:
-    """In a worker: the change of one layer, rounded to the type in which it is written."""
+def deal(shapes: Mapping[str, tuple[int, ...]], workers: int) -> list[list[str]]:
+    """Layers in parts that are gone through at once: as many as there are workers, or as have room in memory."""
+    from glue.merge.extract import HELD, held
+
+    number = max(1, min(workers, len(shapes), HELD // max(held((m, n)) for m, n in shapes.values())))
+    return [list(shapes)[k::number] for k in range(number)]
+
+
+def cut(model: Member, base: Member, layers: list[str], keep: Keep, dtype: str,
+        report: Report = lambda done, total, note: None) -> dict[str, Factors]:
+    """In a worker: the changes of some layers, rounded to the type in which they are written; none of what is equal."""
     from dataclasses import replace
 
     from glue.kinds import weights
     from glue.merge.engine import OUTPUTS
     from glue.merge.extract import change
 
-    found = change(weights(model), weights(base), layer, keep)
-    return None if found is None else replace(found, a=found.a.to(OUTPUTS[dtype]), b=found.b.to(OUTPUTS[dtype]))
+    made = {}
+    for k, layer in enumerate(layers):
+        # opened anew for each, so that its pages go with it
+        found = change(weights(model), weights(base), layer, keep)
+        if found is not None:
+            made[layer] = replace(found, a=found.a.to(OUTPUTS[dtype]), b=found.b.to(OUTPUTS[dtype]))
+        report(k + 1, len(layers), layer)
+    return made
 
 
 def left_out(model: Member, base: Member, taken: list[str]) -> dict[str, float]:

@@ -1,0 +1,103 @@
+"""Footprints: what the processes of one task hold in memory at most, from headers and the words of its line alone.
+
+What grows with the models is told by each step's own module, where one streams, or follows from how many numbers are
+run or trained. What processes take before that is the same for all, and was measured: see docs/size.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from glue.checkpoint import Header, Weights
+from glue.headers import Recorded
+from glue.merge.matrices import layer_matrix
+
+MAIN = 175_000_000    # bytes of the process that plans and waits: python, torch, what a run imports
+POOL = 295_000_000    # of the process from which workers are forked, transformers included, and of its watchdog
+WORKER = 25_000_000   # of each worker beside what it shares with that
+IDLE = 12_000_000     # of one that has nothing to do: another than those that have is always there
+MANY = 1 << 30        # calls: as many as there are workers
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": 0.5}  # bytes of a number that runs
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a task holds beside what processes take anyway, in bytes.
+
+    call    one call in a worker
+    calls   how many of these there are at once, at most
+    beside  the process that waits for them
+    exact   whether nothing that may matter is left out
+    """
+
+    call: int
+    calls: int = 1
+    beside: int = 0
+    exact: bool = True
+
+    def peak(self, workers: int) -> int:
+        """Private bytes of all processes together; 0 workers are the process that waits."""
+        return together([self], workers)
+
+
+def together(holds: Sequence[Footprint], workers: int) -> int:
+    """Private bytes of all processes where these tasks run beside each other; see Footprint.peak."""
+    if not workers:  # one after the other
+        return MAIN + max((hold.call + hold.beside for hold in holds), default=0)
+    calls = sorted((hold.call for hold in holds for _ in range(min(workers, hold.calls))), reverse=True)[:workers]
+    idle = IDLE if len(calls) < workers else 0
+    return MAIN + POOL + len(calls) * WORKER + idle + sum(calls) + sum(hold.beside for hold in holds)
+
+
+def compared(sources: Sequence[Weights], threads: int, *, delta: bool) -> Footprint:
+    """All pairs of members, by so many threads that take a matrix each."""
+    from glue.cluster.similarity import BLOCK, HELD, LEAST, OPEN
+
+    n = len(sources)
+    shapes = [header.shape for header in sources[0].headers.values() if len(header.shape) > 1]
+    columns = max((shape[-1] for shape in shapes), default=1)
+    entries = n * max(columns, max(BLOCK // n, LEAST))
+    largest = max((prod(shape) for shape in shapes), default=0)
+    wide = max((header.dtype.itemsize for header in sources[0].headers.values()), default=4)
+    work = 8 if wide > 4 else 4
+    made = _made(sources)
+    number = max(1, min(threads, HELD // max(1, made), OPEN // n))
+    blocks = 3 + 2 * delta  # the block, what is cast or multiplied of it, and the sums; with signs these too
+    return Footprint(number * (blocks * work * min(entries, n * largest) + 16 * n * columns + made))
+
+
+def sketched(sources: Sequence[Weights], number: int) -> Footprint:
+    """Columns of each member, a member a worker, and all of them beside each other."""
+    from glue.cluster.sketch import BLOCK, ENTRIES
+
+    there = min(ENTRIES, max(sum(header.numel for header in source.headers.values()) for source in sources))
+    return Footprint(max(8 * there + _made(sources), 8 * min(BLOCK, len(sources) * there)), number)
+
+
+def extracted(layers: Mapping[str, Header], rank: int | None, nbytes: int, workers: int) -> Footprint:
+    """Layers that are cut, as many at once as have room, and their factors, which wait for the last.
+
+    nbytes  of one number of a factor
+    """
+    from glue.merge.extract import HELD, held
+
+    shapes: list[tuple[int, int]] = [header.shape for header in layers.values()]  # type: ignore[misc]
+    largest = max(map(held, shapes))
+    number = max(1, min(max(1, workers), len(shapes), HELD // largest))
+    kept = sum(min(rank or min(shape), *shape) * sum(shape) for shape in shapes)
+    # each worker has its own until all are through, then they lie together
+    return Footprint(largest + kept * nbytes // number, number, kept * nbytes, exact=rank is not None)
+
+
+def of_layer(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is the weight of a linear layer but for the head, as far as names tell."""
+    return name.endswith(".weight") and layer_matrix(name, shape, {}) == "whole"
+
+
+def _made(sources: Sequence[Weights]) -> int:
+    """Bytes of the largest tensor of all members that are in no file, but made when they are asked for."""
+    made = [source.headers for source in sources if not isinstance(source, Recorded)]
+    return max((sum(headers[name].nbytes for headers in made if name in headers and headers[name].file is None)
+                for name in sources[0].headers), default=0)
