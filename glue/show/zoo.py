@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from math import isnan
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -12,6 +13,7 @@ from rich.table import Table as Grid
 
 from glue.member import Member
 from glue.show.terminal import console
+from glue.tune.curve import read_curve
 
 if TYPE_CHECKING:
     from glue.atlas import Atlas
@@ -46,9 +48,11 @@ def as_data(member: Member) -> dict[str, Any]:
 
 
 def print_member(member: Member, versions: Sequence[Member], as_json: bool) -> None:
-    """One member with its origin and versions."""
+    """One member with its origin and versions, and what its training came to."""
+    curve = read_curve(Path(member.path))
     if as_json:
-        print(json.dumps({**as_data(member), "versions": [one.version for one in versions]}, indent=1))
+        trained = {"training": curve.figures()} if curve else {}
+        print(json.dumps({**as_data(member), **trained, "versions": [one.version for one in versions]}, indent=1))
         return
     out = console()
     out.print(f"[bold]{escape(member.name)}[/]  {member.kind}  [dim]{member.digest}[/]")
@@ -57,6 +61,8 @@ def print_member(member: Member, versions: Sequence[Member], as_json: bool) -> N
                          ("derives from", " <- ".join(one.name for one in member.lineage()))):
         if value:
             out.print(f"{label}: {escape(value)}")
+    if curve:
+        out.print(f"trained: {curve.sentence()}")
     for item in member.elements:
         root = f" (root {item.root.name})" if item.root else ""
         out.print(f"  {item.name}{root}: {', '.join(one.name for one in item.members)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ class Curve:
         return told | {name: value for name in ("left_out", "cut", "pieces", "resumed", "unused")
                        if (value := getattr(self, name))}
 
+    def sentence(self) -> str:
+        """The figures in words; nothing where there was no step."""
+        told = self.figures()
+        if not self.loss:
+            return ""
+        return (f"{told['steps']:,} step{'s' * (told['steps'] > 1)}, {told['tokens']:,} tokens, "
+                f"loss {told['first']:.4g} to {told['last']:.4g}, best {told['best']:.4g}")
+
     def write(self, folder: Path) -> None:
         """Put it beside the product: only what is the same every time."""
         write_aside(folder / NOTE, json.dumps({"loss": list(map(_short, self.loss)), "tokens": self.tokens,
@@ -55,9 +64,10 @@ def read_curve(folder: Path) -> Curve | None:
     """The curve beside a product; None where there is none, or it was changed by hand to something else."""
     try:
         told = json.loads((folder / NOTE).read_bytes())
-        return Curve([float(one) for one in told["loss"]], [int(one) for one in told["tokens"]],
-                     int(told["left_out"]), int(told["cut"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        curve = Curve([float(one) for one in told["loss"]], [int(one) for one in told["tokens"]],
+                      int(told["left_out"]), int(told["cut"]))
+        return curve if all(map(isfinite, curve.loss)) and len(curve.loss) == len(curve.tokens) else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

@@ -87,15 +87,17 @@ def with_adapter(model: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> 
     """The model with an adapter in it that changes nothing yet and is all that trains; `lora` as in `finetune`."""
     from peft import LoraConfig, get_peft_model
 
-    layers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    every = list(lora["targets"]) == [EVERY]
-    for target in lora["targets"]:
-        if target not in layers and not every:
+    linear = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules()
+              if isinstance(module, torch.nn.Linear)}
+    targets, layers = list(lora["targets"]), list(linear)
+    if targets == [EVERY]:
+        targets = sorted(name for name, module in linear.items() if module is not model.get_output_embeddings())
+    for target in targets:
+        if target not in layers:
             raise GlueError(f"the base has no layer '{target}' to adapt{did_you_mean(target, layers)}",
                             fix=f"name linear layers, such as q_proj and v_proj, or say  targets: [{EVERY}]")
-    config = LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], target_modules=EVERY if every else list(lora["targets"]),
-                        lora_dropout=lora.get("dropout", 0.0), use_rslora=lora.get("rslora", False),
-                        task_type="CAUSAL_LM")
+    config = LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], target_modules=targets,
+                        lora_dropout=lora.get("dropout", 0.0), use_rslora=lora.get("rslora", False), task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted: Any = get_peft_model(model, config)

@@ -53,7 +53,8 @@ def theirs(model: Any, folder: str, bfloat16: bool) -> tuple[dict[str, Tensor], 
     told = TrainingArguments(folder, max_steps=STEPS, per_device_train_batch_size=BATCH // PIECES, bf16=bfloat16,
                              gradient_accumulation_steps=PIECES, learning_rate=RATE, weight_decay=DECAY,
                              adam_beta2=0.98, lr_scheduler_type="constant", logging_steps=1, save_strategy="no",
-                             report_to=[], use_cpu=True, disable_tqdm=True, max_grad_norm=1.0, optim="adamw_torch_fused")
+                             report_to=[], use_cpu=True, disable_tqdm=True, max_grad_norm=1.0,
+                             optim="adamw_torch_fused")
     trainer = InOrder(model, told, train_dataset=items())
     trainer.train()
     return weights(model), [line["loss"] for line in trainer.state.log_history if "loss" in line]
