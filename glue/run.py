@@ -187,6 +187,8 @@ class _Run:
             return left
         draft = self._draft(task)
         made = self._made(task, draft)
+        if made.told:
+            self._note("told", task, **made.told)
         origin = replace(task.origin, made_with=made_with(self.workers))
         seen = frozenset().union(made.seen, *(member.seen for member in task.inputs))
         if made.same is not None:

@@ -19,10 +19,11 @@ from glue.evaluate.statistics import proportion
 from glue.member import Element, Member, Origin, Score, Table, canonical
 from glue.plan import Plan, Task
 from glue.recipe import read_recipe
-from glue.report.gathered import atlases, lineage, routes, walks
+from glue.report.gathered import atlases, lineage, routes, trainings, walks
 from glue.report.html import report
 from glue.report.look import SCRIPT
 from glue.steps.routing import NOTE
+from glue.tune.curve import Curve
 from glue.zoo import Zoo
 from tests.browser import Window, chromium
 
@@ -258,6 +259,26 @@ def test_a_search_is_told_by_answers_and_only_whole_measurements_count(plan):
     assert [each.asked for each in walk.tries] == [40, 80, 90, 130]
     assert [each.whole for each in walk.tries] == [True, True, False, True]
     assert (walk.name, walk.found, walk.value) == ("found", "1 left + 1 right", 0.79)
+
+
+def test_a_training_is_drawn_with_what_it_came_to(plan):
+    finished = plan()
+    assert trainings(finished) == [] and 'id="training"' not in report(finished)
+    losses = [4.0 - 3.0 * k / 999 for k in range(1000)]
+    Curve(losses, [10] * 1000).write(Path(finished["left"].path))
+    Curve([2.0], [7]).write(Path(finished["right"].path))
+    (Path(finished["other"].path) / "training.json").write_text(
+        '{"loss": [NaN], "tokens": [1], "left_out": 0, "cut": 0}')
+    (name, curve), (other, short) = trainings(finished)
+    assert (name, other) == ("left", "right") and curve.loss == pytest.approx(losses, rel=1e-5) and short.loss == [2.0]
+    page = report(finished)
+    assert "1,000 steps, 10,000 tokens, loss 4 to 1, best 1" in page and "1 step, 7 tokens, loss 2 to 2" in page
+    line = re.search(r'aria-label="training left.*?<polyline class="best" points="([^"]*)"', page, re.S)
+    assert line is not None
+    points = [tuple(map(float, point.split(","))) for point in line[1].split(" ")]
+    assert len(points) == 112, "means of nine steps"
+    assert [x for x, _ in points] == sorted(x for x, _ in points) and [y for _, y in points] == sorted(
+        y for _, y in points), "a loss that falls is drawn falling"
 
 
 def test_a_lineage_has_every_member_after_all_that_it_was_made_from(plan):

@@ -1,4 +1,4 @@
-"""Charts of the page: a search as it went, a lineage as a graph. SVG that takes its colours from the page."""
+"""Charts of the page: searches and trainings as they went, a lineage as a graph. SVG in the colours of the page."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from html import escape
 from math import ceil, floor
 
 from glue.report.gathered import Node, Walk
+from glue.tune.curve import Curve
 
 WIDE, HIGH = 340.0, 176.0                       # of a search
 LEFT, RIGHT, TOP, BOTTOM = 34.0, 40.0, 12.0, 26.0
 BOX, TALL, ACROSS, DOWN = 184.0, 36.0, 64.0, 12.0  # of a node, and the space between nodes
+POINTS = 120  # of a curve
 LONG, LONGER = 19, 22  # letters that are shown of a name, and of the step that made it
 
 
@@ -55,6 +57,32 @@ def search(walk: Walk, low: float, high: float) -> str:
     told = f"search {walk.name}: {walk.candidates} candidates, {total:,} answers, best {walk.value * 100:.1f}"
     return (f'<svg class="walk" viewBox="0 0 {_n(WIDE)} {_n(HIGH)}" role="img" aria-label="{escape(told)}">'
             f'{"".join(parts)}</svg>')
+
+
+def training(name: str, curve: Curve) -> str:
+    """The loss of a training against its steps; where there are many, each point is the mean of some."""
+    size = ceil(len(curve.loss) / POINTS)
+    parts = [curve.loss[k:k + size] for k in range(0, len(curve.loss), size)]
+    points = [(min(k * size + (size + 1) / 2, len(curve.loss)), sum(some) / len(some)) for k, some in enumerate(parts)]
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    steps, spread = max(len(curve.loss) - 1, 1), high - low or 1.0
+
+    def x(step: float) -> float:
+        return LEFT + (step - 1) / steps * (WIDE - LEFT - RIGHT)
+
+    def y(loss: float) -> float:
+        return HIGH - BOTTOM - (loss - low) / spread * (HIGH - TOP - BOTTOM)
+
+    drawn = [f'<line class="grid" x1="{LEFT}" x2="{WIDE - RIGHT}" y1="{_n(y(value))}" y2="{_n(y(value))}"/>'
+             f'<text class="tick" x="{LEFT - 6}" y="{_n(y(value) + 3)}" text-anchor="end">{value:.3g}</text>'
+             for value in dict.fromkeys((low, high))]
+    drawn += [f'<text class="tick" x="{_n(x(step))}" y="{HIGH - 9}" text-anchor="middle">{step:,}</text>'
+              for step in dict.fromkeys((1, len(curve.loss)))]
+    line = " ".join(f"{_n(x(step))},{_n(y(loss))}" for step, loss in points)
+    drawn.append(f'<polyline class="best" points="{line}"/><text class="end" x="{WIDE - RIGHT + 6}" '
+                 f'y="{_n(y(points[-1][1]) + 4)}">{points[-1][1]:.3g}</text>')
+    return (f'<svg class="walk" viewBox="0 0 {_n(WIDE)} {_n(HIGH)}" role="img" '
+            f'aria-label="{escape(f"training {name}: {curve.sentence()}")}">{"".join(drawn)}</svg>')
 
 
 def lineage(nodes: Sequence[Node], scores: Sequence[float]) -> str:

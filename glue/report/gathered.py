@@ -1,4 +1,4 @@
-"""What a report tells beside the board, gathered from a finished plan: clusters, searches, routes and lineage."""
+"""What a report tells beside the board, gathered from a finished plan: clusters, searches, curves, routes, lineage."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from glue.plan import Plan, Task
 from glue.report import routing
 from glue.steps.routing import NOTE
 from glue.steps.search import SEARCH_NOTE
+from glue.tune.curve import NOTE as TRAINING
+from glue.tune.curve import Curve, read_curve
 
 CLUSTER_NOTE = "similarity.json"
 
@@ -157,6 +159,18 @@ def routes(plan: Plan) -> list[tuple[str, list[routing.Report]]]:
     """What each routing step left."""
     return [(task.name, routing.read(task.member)) for task in plan
             if task.step == "routing" and task.member is not None and folder(plan, task, NOTE) is not None]
+
+
+def trainings(plan: Plan) -> list[tuple[str, Curve]]:
+    """The curve that each training of a plan has left, the same product once."""
+    found: dict[Path, tuple[str, Curve]] = {}
+    shown = short_names(plan)
+    for task in plan:
+        where = folder(plan, task, TRAINING)
+        curve = read_curve(where) if where is not None else None
+        if where is not None and curve is not None and curve.loss:
+            found.setdefault(where, (shown.get(task.name, task.name), curve))
+    return list(found.values())
 
 
 def lineage(plan: Plan, board: Leaderboard) -> list[Node]:

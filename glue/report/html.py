@@ -22,8 +22,9 @@ from glue.evaluate.statistics import Interval
 from glue.plan import Plan
 from glue.report import atlas as atlas_picture
 from glue.report import charts, drawing, routing
-from glue.report.gathered import Node, Walk, atlases, lineage, routes, walks
+from glue.report.gathered import Node, Walk, atlases, lineage, routes, trainings, walks
 from glue.report.look import SCRIPT, STYLE
+from glue.tune.curve import Curve
 
 SCALE = 1.3  # pixels of the page for a point of a drawing
 
@@ -37,14 +38,14 @@ def report(plan: Plan) -> str:
     made_with = next((task.member.origin.made_with for task in reversed(plan.tasks)
                       if task.member and task.member.origin and task.member.origin.made_with), {})
     told = ", ".join(f"{name} {version}" for name, version in sorted(made_with.items()))
-    return page(board, clusters=atlases(plan), searches=walks(plan), routed=routes(plan),
+    return page(board, clusters=atlases(plan), searches=walks(plan), trained=trainings(plan), routed=routes(plan),
                 nodes=lineage(plan, board), about=plan.recipe.about,
                 foot=f"Recipe {plan.recipe.name}, seed {plan.recipe.seed}." + (f" Made with {told}." if told else ""))
 
 
 def page(board: Leaderboard, *, clusters: Sequence[tuple[str, Atlas]] = (), searches: Sequence[Walk] = (),
-         routed: Sequence[tuple[str, Sequence[routing.Report]]] = (), nodes: Sequence[Node] = (), about: str = "",
-         foot: str = "") -> str:
+         trained: Sequence[tuple[str, Curve]] = (), routed: Sequence[tuple[str, Sequence[routing.Report]]] = (),
+         nodes: Sequence[Node] = (), about: str = "", foot: str = "") -> str:
     """A board and what belongs to it as HTML; a section for each part that there is."""
     parts = [("board", "Leaderboard", _board(board, nodes)), ("tasks", "Tasks", _tasks(board))]
     if board.claims:
@@ -53,6 +54,8 @@ def page(board: Leaderboard, *, clusters: Sequence[tuple[str, Atlas]] = (), sear
         parts.append(("similarity", "Similarity", "".join(_cluster(*each) for each in clusters)))
     if searches:
         parts.append(("searches", "Searches", _searches(searches, board)))
+    if trained:
+        parts.append(("training", "Training", _trainings(trained)))
     if routed:
         parts.append(("routing", "Routing", "".join(_routes(*each) for each in routed)))
     if nodes:
@@ -244,6 +247,13 @@ def _searches(searches: Sequence[Walk], board: Leaderboard) -> str:
                        f'{charts.search(walk, low, high)}<div class="sub-note">{_e(told)}</div></figure>')
     return ("<p>Scores of candidates on the items that were searched, against the answers asked for so far; the line "
             "is the best so far. Hollow dots have not answered everything.</p>"
+            f'<div class="panels">{"".join(figures)}</div>\n')
+
+
+def _trainings(trained: Sequence[tuple[str, Curve]]) -> str:
+    figures = [f'<figure class="card"><figcaption>{_e(name)}</figcaption>{charts.training(name, curve)}'
+               f'<div class="sub-note">{_e(curve.sentence())}</div></figure>' for name, curve in trained]
+    return ("<p>The loss of each training against its steps, question tokens counting as little as they did there.</p>"
             f'<div class="panels">{"".join(figures)}</div>\n')
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from math import isnan
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -15,6 +16,7 @@ from glue.member import Member
 from glue.room import human
 from glue.show.terminal import console
 from glue.snapshot import lacking, sha256_of
+from glue.tune.curve import read_curve
 
 if TYPE_CHECKING:
     from glue.atlas import Atlas
@@ -59,10 +61,11 @@ def as_data(member: Member) -> dict[str, Any]:
 
 
 def print_member(member: Member, versions: Sequence[Member], as_json: bool) -> None:
-    """One member with its origin and versions."""
-    cached = list(_cached(member))
+    """One member with its origin and versions, what its training came to, and which commit of the hub it is."""
+    cached, curve = list(_cached(member)), read_curve(Path(member.path))
     if as_json:
         told = {"commit": cached[0], "files": cached[1]} if cached else {}
+        told |= {"training": curve.figures()} if curve else {}
         print(json.dumps({**as_data(member), **told, "versions": [one.version for one in versions]}, indent=1))
         return
     out = console()
@@ -74,6 +77,8 @@ def print_member(member: Member, versions: Sequence[Member], as_json: bool) -> N
                          ("derives from", " <- ".join(one.name for one in member.lineage()))):
         if value:
             out.print(f"{label}: {escape(value)}")
+    if curve:
+        out.print(f"trained: {curve.sentence()}")
     for item in member.elements:
         root = f" (root {item.root.name})" if item.root else ""
         out.print(f"  {item.name}{root}: {', '.join(one.name for one in item.members)}")

@@ -181,6 +181,7 @@ class Made:
     elements  of a group
     same      the member that this is, under a new name: what lies in the folder is then only a record
     note      one line for people
+    told      what the journal of the run says of it
     """
 
     kind: str
@@ -189,3 +190,4 @@ class Made:
     elements: tuple[Element, ...] = ()
     same: Member | None = None
     note: str = ""
+    told: Mapping[str, Any] = field(default_factory=dict)

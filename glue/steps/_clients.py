@@ -15,7 +15,7 @@ from glue.errors import GlueError, RecipeError, RunError, did_you_mean
 from glue.files import publish
 from glue.hub import locate
 from glue.member import Member
-from glue.steps.pretrain import told
+from glue.steps._training import told
 
 if TYPE_CHECKING:
     from glue.federate.rounds import Ask, Reply, State

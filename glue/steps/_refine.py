@@ -165,7 +165,8 @@ class Opened:
 
         base = load(ground.base)
         self.ground, self.asked = ground, ground.suite.items()
-        self.items: list[Item] = read_items(ground.folder, base.tokenizer, base.model.config.max_position_embeddings)
+        limit = base.model.config.max_position_embeddings
+        self.items: Sequence[Item] = read_items(ground.folder, base.tokenizer, limit)
         self.start: Start = Start(base, ground.options["lora"], ground.seed)
 
     def worth(self, subset: frozenset[int]) -> float:

@@ -18,8 +18,8 @@ from glue.files import write_aside
 from glue.member import Member
 from glue.steps import Job, Made, Shares, Tunable, steps
 from glue.steps._clients import Partition, check_partition, dealt, names_of, seed_of
+from glue.steps._training import told
 from glue.steps.federate import LEDGER, feasible
-from glue.steps.pretrain import told
 
 if TYPE_CHECKING:
     from glue.federate.exchange import Ask

@@ -13,7 +13,7 @@ from glue.files import write_aside
 from glue.hub import locate
 from glue.member import Member
 from glue.steps import Job, Made, Many, Shares, Tunable, steps
-from glue.steps.pretrain import told
+from glue.steps._training import told
 
 if TYPE_CHECKING:
     from glue.kinds.tt import Train

@@ -9,46 +9,59 @@ factor temperature^2: AdamW would take it out again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from glue.errors import MethodError
+from glue.hub import locate
 from glue.kinds import Running, load
 from glue.kinds.proxy import one_vocabulary
 from glue.kinds.text import longest
 from glue.member import Member
-from glue.tune.items import Item, draw_batches, read_items
-from glue.tune.loop import Loss, Report, train
+from glue.tune.curve import Curve
+from glue.tune.finetune import in_half
+from glue.tune.items import Item
+from glue.tune.kept import Kept
+from glue.tune.loop import Course, Loss, Report, TrainsIn, train
 from glue.tune.pretrain import save
+from glue.tune.reading import Reading, Steps, read
 
 
-def distill(out: Path, *, teacher: Member, student: Member, data: Sequence[tuple[Path, float]], steps: int,
+def distill(out: Path, *, teacher: Member, student: Member, data: Sequence[tuple[Path, float]], steps: Steps,
             learning_rate: float, report: Report, temperature: float = 1.0, batch_size: int = 64,
-            weight_decay: float = 0.0, prompt_weight: float = 0.05, seed: int = 0, device: str = "cpu") -> None:
+            weight_decay: float = 0.0, prompt_weight: float = 0.05, seed: int = 0, device: str = "cpu",
+            dtype: TrainsIn = "float32", course: Course = Course(),  # noqa: B008 - frozen, as the next one
+            reading: Reading = Reading(), kept: Kept | None = None) -> Curve:  # noqa: B008
     """Teach every weight of `student` what `teacher` says of these datasets, and write the result into `out`.
 
     data         dataset folders and how much of the training is theirs, in any scale
     temperature  divides the logits of both; above 1 what is unlikely counts for more
+    dtype        bfloat16: the teacher is held in it, the student calculates and is written in it
+    kept         where the state is kept meanwhile
 
     Raises MethodError where their tokens differ, and GlueError for an empty dataset, an item that is too long, a loss
     that is no number.
     """
     known = one_vocabulary([teacher, student])
-    says, learns = load(teacher, device=device), load(student, device=device)
+    half = in_half(locate(student.path), dtype)
+    says = load(teacher, device=device, dtype="bfloat16" if half else "float32")
+    learns = load(student, device=device)
     if says.choose is not None:
         raise MethodError(f"'{teacher.name}' is a mixture by text: it has no logits of its own",
                           fix="distil a mixture at another level, or one of the experts")
     limit = min(longest(running.model, running.tokenizer) for running in (says, learns))
-    datasets = [read_items(folder, learns.tokenizer, limit) for folder, _ in data]
-    batches = draw_batches(datasets, [share for _, share in data], batch_size, Random(seed))
+    found = read(data, learns.tokenizer, limit, steps=steps, batch_size=batch_size, seed=seed, reading=reading)
     model: Any = learns.model.requires_grad_(True)
-    train(model, batches, steps=steps, learning_rate=learning_rate, weight_decay=weight_decay,
-          prompt_weight=prompt_weight, report=report, loss=agreeing(asked(says), known.size, temperature))
-    save(model, learns.tokenizer, out)
+    curve = train(model, found.batches, steps=found.steps, learning_rate=learning_rate, weight_decay=weight_decay,
+                  prompt_weight=prompt_weight, report=report, loss=agreeing(asked(says), known.size, temperature),
+                  course=replace(course, bfloat16=half), seed=seed, kept=kept)
+    curve.left_out, curve.cut = found.left_out, found.cut
+    save(model, learns.tokenizer, out, half=half)
+    return curve
 
 
 def agreeing(teacher: Callable[[list[Item], Tensor], Tensor], v: int, temperature: float = 1.0) -> Loss:

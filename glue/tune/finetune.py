@@ -3,76 +3,101 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from glue.checkpoint import Checkpoint
 from glue.errors import GlueError, did_you_mean
-from glue.tune.items import draw_batches, read_items
-from glue.tune.loop import Report, train
+from glue.tune.curve import Curve
+from glue.tune.kept import Kept
+from glue.tune.loop import Course, Report, TrainsIn, train
 from glue.tune.pretrain import readable, save
+from glue.tune.reading import Reading, Steps, read
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+EVERY = "all-linear"  # in place of names of layers: all that are linear but the head
 
-def finetune(out: Path, *, base: Path, data: Sequence[tuple[Path, float]], steps: int, learning_rate: float,
+
+def finetune(out: Path, *, base: Path, data: Sequence[tuple[Path, float]], steps: Steps, learning_rate: float,
              report: Report, batch_size: int = 64, weight_decay: float = 0.05, prompt_weight: float = 0.05,
-             seed: int = 0, lora: Mapping[str, Any] | None = None, below: Path | None = None,
-             device: str = "cpu") -> None:
+             seed: int = 0, lora: Mapping[str, Any] | None = None, below: Path | None = None, device: str = "cpu",
+             dtype: TrainsIn = "float32", course: Course = Course(),  # noqa: B008 - frozen, as the next one
+             reading: Reading = Reading(), kept: Kept | None = None) -> Curve:  # noqa: B008
     """Train the model in `base` on more data, and write the result into `out`.
 
     data   dataset folders and how much of the training is theirs, in any scale
     lora   None trains every weight and writes a Hugging Face folder with its tokenizer; {"r", "alpha", "targets"}
            trains an adapter of rank r, scaled by alpha / r, on the named layers, and writes a PEFT folder over `base`.
-           With "shared": seed, its A begins with numbers that all who have this seed share, up to their rank; with
-           "frozen": true they stay as they are
+           With "dropout", of what goes into it; with "rslora", scaled by alpha / sqrt(r). With "shared": seed, its A
+           begins with numbers that all who have this seed share, up to their rank; with "frozen": true they stay so
     below  a PEFT folder that is added to the base first, and is no part of the result
+    dtype  bfloat16: layers calculate in it, an adapter's base is held in it, and a model is written in it; what trains
+           is held in fp32 all the same
+    kept   where the state is kept meanwhile
 
     Raises GlueError for an empty dataset, an item that is too long, an unknown layer, a loss that is no number.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False,
-                                                 local_files_only=True)
+    half = in_half(base, dtype)
+    held = torch.bfloat16 if half and lora is not None else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=held, trust_remote_code=False, local_files_only=True)
     if below is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, below).merge_and_unload()  # type: ignore[assignment, operator]
     model.to(device)  # type: ignore[arg-type]
-    datasets = [read_items(folder, tokenizer, model.config.max_position_embeddings) for folder, _ in data]
-    batches = draw_batches(datasets, [weight for _, weight in data], batch_size, random.Random(seed))
+    found = read(data, tokenizer, model.config.max_position_embeddings, steps=steps, batch_size=batch_size, seed=seed,
+                 reading=reading)
     trained: Any = model if lora is None else with_adapter(model, lora, seed)
-    train(trained, batches, steps=steps, learning_rate=learning_rate, weight_decay=weight_decay,
-          prompt_weight=prompt_weight, report=report)
+    curve = train(trained, found.batches, steps=found.steps, learning_rate=learning_rate, weight_decay=weight_decay,
+                  prompt_weight=prompt_weight, report=report, course=replace(course, bfloat16=half), seed=seed,
+                  kept=kept)
+    curve.left_out, curve.cut = found.left_out, found.cut
     if lora is None:
-        save(model, tokenizer, out)
-        return
+        save(model, tokenizer, out, half=half)
+        return curve
     config: Any = trained.peft_config["default"]
     config.base_model_name_or_path = str(base)
     config.target_modules = sorted(config.target_modules)  # peft keeps a set, whose order differs between processes
     # Asking whether embeddings were resized would look for the base's configuration on the hub.
     trained.save_pretrained(str(out), save_embedding_layers=False)
     readable(out)
+    return curve
+
+
+def in_half(base: Path, dtype: TrainsIn) -> bool:
+    """Whether layers calculate in bfloat16: as is said, or `auto` where the base's files hold 16 bits a number."""
+    if dtype != "auto":
+        return dtype == "bfloat16"
+    kinds = [header.dtype for header in Checkpoint(base).headers.values() if header.dtype.is_floating_point]
+    return all(kind in (torch.bfloat16, torch.float16) for kind in kinds)
 
 
 def with_adapter(model: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> PeftModel:
     """The model with an adapter in it that changes nothing yet and is all that trains; `lora` as in `finetune`."""
     from peft import LoraConfig, get_peft_model
 
-    layers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    for target in lora["targets"]:
+    linear = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules()
+              if isinstance(module, torch.nn.Linear)}
+    targets, layers = list(lora["targets"]), list(linear)
+    if targets == [EVERY]:
+        targets = sorted(name for name, module in linear.items() if module is not model.get_output_embeddings())
+    for target in targets:
         if target not in layers:
             raise GlueError(f"the base has no layer '{target}' to adapt{did_you_mean(target, layers)}",
-                            fix="name linear layers, such as q_proj and v_proj")
-    config = LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], target_modules=list(lora["targets"]),
-                        lora_dropout=0.0, task_type="CAUSAL_LM")
+                            fix=f"name linear layers, such as q_proj and v_proj, or say  targets: [{EVERY}]")
+    config = LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], target_modules=targets,
+                        lora_dropout=lora.get("dropout", 0.0), use_rslora=lora.get("rslora", False), task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted: Any = get_peft_model(model, config)

@@ -2,6 +2,7 @@
 
     alpaca      instruction, input (may be left out or empty), output
     sharegpt    conversations: a list of turns, each with from (human or user, gpt or assistant, system) and value
+    messages    messages: a list of turns, each with role (the same words) and content
     completion  prompt, completion
     text        text
     items       question, answer, choices (may be left out): what glue's own datasets hold
@@ -10,34 +11,41 @@ An item is a question and an answer; a model sees `question + " " + answer`. So 
 instruction, and the question of a text is its first word. Of a conversation every answer makes an item, whose question
 is all that came before it: what the system says, then a line for each turn that opens with `User:` or `Assistant:`,
 then `Assistant:`. What is said last and stays without an answer is left out. No model's own chat template is used,
-since a dataset is made once and may teach several.
+since a dataset is made once and may teach several. Or a conversation stays one item, with its turns beside it, so that
+whoever is taught by it renders them as its own template has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from glue.errors import SuiteError, did_you_mean, one_line
 
-Format = Literal["alpaca", "sharegpt", "completion", "text", "items"]
+Format = Literal["alpaca", "sharegpt", "messages", "completion", "text", "items"]
+Turns = Literal["part", "keep"]
 ROLES: Mapping[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output"), "sharegpt": ("conversations", "from", "value"),
+    "messages": ("messages", "role", "content"),
     "completion": ("prompt", "completion"), "text": ("text",), "items": ("question", "answer", "choices")}
-SPEAKERS = {"human": "User", "user": "User", "gpt": "Assistant", "assistant": "Assistant", "system": ""}
+TALKS = ("sharegpt", "messages")  # formats of conversations
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+OPENS = {"user": "User: ", "assistant": "Assistant: ", "system": ""}
 LONGEST = 1_000_000  # characters of an item
 
 
 class Pair(NamedTuple):
     """One item, and what it has in common with others that must not be parted from it.
 
-    kin  the question; of a conversation how it begins, up to its first answer
+    kin    the question; of a conversation how it begins, up to its first answer
+    turns  of a conversation that is kept: (user, assistant or system, what is said) up to its last answer
     """
 
     question: str
     answer: str
     choices: tuple[str, ...]
     kin: str
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 def check_fields(format: Format, fields: Mapping[str, str]) -> None:
@@ -49,17 +57,18 @@ def check_fields(format: Format, fields: Mapping[str, str]) -> None:
                              fix="fields say under which key a record has what:  fields: {output: response}")
 
 
-def pairs(record: Any, format: Format, fields: Mapping[str, str]) -> list[Pair]:
+def pairs(record: Any, format: Format, fields: Mapping[str, str], turns: Turns = "part") -> list[Pair]:
     """The items that a record makes.
 
     fields  role -> the key under which records have it, where that is not its own name
+    turns   part: every answer of a conversation is an item; keep: a conversation is one, whose answer is the last
     Raises SuiteError for a record that does not say what its format asks for, or has no answer.
     """
     if not isinstance(record, dict):
         raise SuiteError(f"a record is an object with keys, and this is {_short(record)}")
     key = {role: fields.get(role, role) for role in ROLES[format]}
-    if format == "sharegpt":
-        return list(_conversation(record, key))
+    if format in TALKS:
+        return _conversation(record, [key[role] for role in ROLES[format]], turns)
     if format == "text":
         first, space, rest = _text(record, key["text"]).partition(" ")
         if not space:
@@ -73,7 +82,7 @@ def pairs(record: Any, format: Format, fields: Mapping[str, str]) -> list[Pair]:
     return [_pair(question, answer, _choices(record.get(key.get("choices", "")), answer) if format == "items" else ())]
 
 
-def _pair(question: str, answer: str, choices: tuple[str, ...] = (), kin: str = "") -> Pair:
+def _pair(question: str, answer: str, choices: tuple[str, ...] = ()) -> Pair:
     question, answer = question.strip(), answer.strip()
     for what, text in (("question", question), ("answer", answer)):
         if not text:
@@ -81,7 +90,7 @@ def _pair(question: str, answer: str, choices: tuple[str, ...] = (), kin: str = 
     if len(question) + len(answer) > LONGEST:
         raise SuiteError(f"the item has {len(question) + len(answer):,} characters, and may have {LONGEST:,}",
                          fix="cut it into several")
-    return Pair(question, answer, choices, kin or question)
+    return Pair(question, answer, choices, question)
 
 
 def _text(record: Mapping[str, Any], key: str) -> str:
@@ -112,40 +121,56 @@ def _choices(told: Any, answer: str) -> tuple[str, ...]:
     return tuple(told)
 
 
-def _conversation(record: Mapping[str, Any], key: Mapping[str, str]) -> Iterator[Pair]:
-    name = key["conversations"]
+def answers(turns: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Every answer of a conversation, with all that came before it as its question."""
+    said: list[str] = []
+    for role, text in turns:
+        if role == "assistant":
+            yield "\n".join([*said, "Assistant:"]), text
+        said.append(OPENS[role] + text)
+
+
+def _conversation(record: Mapping[str, Any], key: Sequence[str], kept: Turns) -> list[Pair]:
+    name, who, what = key
     turns = record.get(name)
-    if isinstance(turns, dict) and set(turns) >= {key["from"], key["value"]}:  # columns, as tables hold lists of rows
-        columns = turns[key["from"]], turns[key["value"]]
+    if isinstance(turns, dict) and set(turns) >= {who, what}:  # columns, as tables hold lists of rows
+        columns = turns[who], turns[what]
         if all(isinstance(one, list) for one in columns) and len(columns[0]) == len(columns[1]):
-            turns = [dict(zip((key["from"], key["value"]), row, strict=True)) for row in zip(*columns, strict=True)]
+            turns = [dict(zip((who, what), row, strict=True)) for row in zip(*columns, strict=True)]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise SuiteError(f"'{one_line(name)}' is a list of turns, not {_short(turns)}"
                          if name in record else f"the record has no '{one_line(name)}'"
                          f"{did_you_mean(name, map(str, record))}",
-                         fix="write  [{from: human, value: ...}, {from: gpt, value: ...}],  or say under which keys "
-                             "these stand:  fields: {conversations: messages, from: role, value: content}")
-    said: list[str] = []
-    kin, answers = "", 0
+                         fix="write  [{from: human, value: ...}, {from: gpt, value: ...}],  or  format: messages  for "
+                             "[{role: user, content: ...}, ...],  or say under which keys these stand with  fields")
+    said = list(_said(turns, who, what))
+    found = [_pair(question, answer) for question, answer in answers(said)]
+    if not found:
+        raise SuiteError("nobody answers in this conversation", fix="take the record out")
+    kin = found[0].question
+    if kept == "part":
+        return [pair._replace(kin=kin) for pair in found]
+    end = max(k for k, (role, _) in enumerate(said) if role == "assistant")
+    return [found[-1]._replace(kin=kin, turns=tuple(said[:end + 1]))]
+
+
+def _said(turns: Sequence[Mapping[str, Any]], who: str, what: str) -> Iterator[tuple[str, str]]:
+    """(role, text) of every turn; a turn that answers comes after one that asks."""
+    before: list[str] = []
     for k, turn in enumerate(turns, start=1):
-        who = turn.get(key["from"])
-        if not isinstance(who, str) or who not in SPEAKERS:
-            raise SuiteError(f"turn {k} is said by {_short(who)}; speakers are {', '.join(SPEAKERS)}")
+        speaker = turn.get(who)
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
+            raise SuiteError(f"turn {k} is said by {_short(speaker)}; speakers are {', '.join(SPEAKERS)}")
         try:
-            text = _text(turn, key["value"])
+            text = _text(turn, what)
         except SuiteError as wrong:
             raise SuiteError(f"turn {k}: {wrong.what}", fix=wrong.fix) from None
-        speaker = SPEAKERS[who]
-        if speaker == "Assistant":
-            if not any(line.startswith("User: ") for line in said):
-                raise SuiteError(f"turn {k} answers, and nothing was asked before it",
-                                 fix="begin with what a human says, or take the record out")
-            question = "\n".join([*said, "Assistant:"])
-            kin, answers = kin or question, answers + 1
-            yield _pair(question, text, kin=kin)
-        said.append(f"{speaker}: {text}" if speaker else text)
-    if not answers:
-        raise SuiteError("nobody answers in this conversation", fix="take the record out")
+        role = SPEAKERS[speaker]
+        if role == "assistant" and not any(line.startswith("User: ") for line in before):
+            raise SuiteError(f"turn {k} answers, and nothing was asked before it",
+                             fix="begin with what a human says, or take the record out")
+        before.append(OPENS[role] + text)
+        yield role, text
 
 
 def _short(value: Any) -> str:

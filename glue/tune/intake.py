@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glue.errors import GlueError, Mistakes, SuiteError
-from glue.tune.formats import Format, Pair, pairs
+from glue.tune.formats import Format, Pair, Turns, pairs
 from glue.tune.records import Files
 
 TOLD = 20  # mistakes that are told one by one
@@ -49,7 +49,8 @@ class Parted:
     left_out: int
 
 
-def taken(files: Files, format: Format, fields: Mapping[str, str], *, drop_faulty: bool = False) -> Taken:
+def taken(files: Files, format: Format, fields: Mapping[str, str], *, drop_faulty: bool = False,
+          turns: Turns = "part") -> Taken:
     """Every item of these files. Raises Mistakes with all that is wrong, unless faulty records are to be dropped."""
     found: list[Pair] = []
     wrong: list[GlueError] = []
@@ -59,7 +60,7 @@ def taken(files: Files, format: Format, fields: Mapping[str, str], *, drop_fault
         try:
             if record.wrong is not None:
                 raise record.wrong
-            found += pairs(record.value, format, fields)
+            found += pairs(record.value, format, fields, turns)
         except SuiteError as problem:
             count += 1
             if len(wrong) < TOLD:
@@ -111,13 +112,17 @@ def write(folder: Path, found: Parted, about: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, some in found.splits.items():
         if some:
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(_line(item)) + "\n" for item in some),
-                                                  encoding="utf-8")
+            with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(_line(item, turns=name == "train")) + "\n" for item in some)
     counts = Counter({name: len(some) for name, some in found.splits.items()})
     told = {**about, "counts": counts, "duplicates": found.duplicates, "left_out": found.left_out}
     (folder / "dataset.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
-def _line(item: Pair) -> dict[str, Any]:
-    return {"question": item.question, "choices": list(item.choices),
+def _line(item: Pair, *, turns: bool) -> dict[str, Any]:
+    """An item as it stands in a file; its turns too, where it may teach and is not only asked."""
+    told = {"question": item.question, "choices": list(item.choices),
             "gold": item.choices.index(item.answer) if item.choices else 0, "answer": item.answer}
+    if item.turns and turns:
+        told["messages"] = [{"role": role, "content": text} for role, text in item.turns]
+    return told

@@ -1,0 +1,100 @@
+"""The state of a training, kept now and then, so that one that was killed goes on to the same bits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from glue.checkpoint import Checkpoint, Header, weights_digest
+from glue.errors import GlueError, one_line
+from glue.files import write_aside
+from glue.member import canonical
+from glue.writer import Writer
+
+STATE = "state.json"  # names the newest whole state; until it does, the one before counts
+
+
+class State(NamedTuple):
+    """What the next step depends on, beside what the caller can make again from its own settings.
+
+    step     how many are done
+    tensors  what trains, the moments of its optimizer, the state of random numbers
+    told     what is not a tensor: the curve so far, in how many pieces a batch is read
+    """
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    told: Mapping[str, Any]
+
+
+class Kept:
+    """A place for the state of one training.
+
+    folder  nobody else's; it need not be there yet
+    key     of all that the training's bits depend on: a state with another key is not gone on with
+    every   seconds from one state to the next, and so the most that a kill can cost; 0 keeps every step
+    unused  why a state that was there cannot be gone on with; empty where there was none
+    """
+
+    def __init__(self, folder: Path, key: str, every: float):
+        self.folder, self.key, self.every = folder, key, every
+        self.unused = ""
+        self._last = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to keep the next state."""
+        return time.monotonic() - self._last >= self.every
+
+    def keep(self, state: State) -> None:
+        """Write a state beside the last one, which is removed once this one is whole and synced."""
+        place = self._place(state.step)
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        headers = {name: Header(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.tensors.items()}
+        with Writer(place, headers) as writer:
+            for name, tensor in state.tensors.items():
+                writer.write(name, tensor.detach().cpu())
+            digest = writer.close()
+        note = canonical({"key": self.key, "step": state.step, "digest": digest, "told": state.told})
+        write_aside(self.folder / STATE, f"{sha256(note.encode()).hexdigest()}\n{note}")
+        for other in self.folder.iterdir():
+            if other.is_dir() and other != place:
+                shutil.rmtree(other)
+        self._last = time.monotonic()
+
+    def found(self) -> State | None:
+        """The state that an earlier training has left here; None, and the reason in `unused`, where it is no use."""
+        try:
+            total, _, told = (self.folder / STATE).read_text(encoding="utf-8").partition("\n")
+            if sha256(told.encode()).hexdigest() != total:
+                self.unused = f"{STATE} is damaged"
+                return None
+            note = json.loads(told)
+            if note["key"] != self.key:
+                self.unused = "it is of a training with other data or settings"
+                return None
+            tensors = Checkpoint(self._place(note["step"]))
+            if weights_digest(tensors) != note["digest"]:
+                self.unused = "its tensors are damaged"
+                return None
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, GlueError) as problem:
+            self.unused = f"it is damaged: {one_line(str(problem), 120)}"
+            return None
+        return State(note["step"], tensors, note["told"])
+
+    def end(self) -> None:
+        """Remove it: the training's product is there."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _place(self, step: int) -> Path:
+        return self.folder / f"{step:09d}"
