@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from glue.cli_federate import federate_app
-from glue.cli_serve import serve
+from glue.cli_serve import place_of, serve
 from glue.cli_zoo import HERE, Json, Quiet, ZooFile, brought, opened, zoo_app
 from glue.errors import GlueError
 
@@ -27,7 +27,7 @@ app.command()(serve)
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")]
 Seed = Annotated[int | None, typer.Option(help="Replaces the recipe's seed.")]
 OnDevice = Annotated[str, typer.Option("--device", help="Where models run: cpu, cuda, cuda:1, mps, or auto.")]
-RunsIn = Annotated[str, typer.Option("--dtype", help="What models run in, such as bfloat16; default: the recipe's.")]
+RunsIn = Annotated[str, typer.Option("--dtype", help="What models run in: float32, bfloat16, float16, nf4, int8.")]
 AtOnce = Annotated[str, typer.Option("--batch-size", help="Of every line that can choose: a number, or auto.")]
 Lenient = Annotated[bool, typer.Option("--lenient", help="Unknown words of a merge config are notes, not errors.")]
 Force = Annotated[bool, typer.Option("--force", help="Begin also with what does not seem to fit.")]
@@ -174,8 +174,8 @@ def evaluate(members: Annotated[list[str], typer.Argument(help="Names, or tag:x.
              suite: Annotated[str, typer.Option(help="A suite and split, such as tiny:test.")] = "",
              from_lm_eval: Annotated[Path | None, typer.Option(
                  "--import", help="Measure nothing: take what lm-eval's own command has left in this folder.")] = None,
-             device: OnDevice = "", batch_size: AtOnce = "", zoo: ZooFile = HERE, workers: int | None = None,
-             force: Force = False, quiet: Quiet = False, as_json: Json = False) -> None:
+             device: OnDevice = "", dtype: RunsIn = "", batch_size: AtOnce = "", zoo: ZooFile = HERE,
+             workers: int | None = None, force: Force = False, quiet: Quiet = False, as_json: Json = False) -> None:
     """Measure members on a suite with lm-eval, and show the table. The same as a recipe with one evaluate line."""
     from glue.board import of_suite, plain
     from glue.care import imported
@@ -194,8 +194,7 @@ def evaluate(members: Annotated[list[str], typer.Argument(help="Names, or tag:x.
     with Workers(_cores() if workers is None else workers) as pool, progress(quiet) as watcher:
         names = [member.name for word in members for member in found.select(word)]  # a recipe's tag:x sees less
         done = step(found, "scores", "evaluate",
-                    {"members": names, "suite": suite, **_wide(device, batch_size=batch_size)}, pool, watcher,
-                    force=force)
+                    {"members": names, "suite": suite, **_wide(device, dtype, batch_size)}, pool, watcher, force=force)
     print_board(plain(done, done["scores"]), as_json)
 
 
@@ -204,7 +203,7 @@ def reproduce(what: Annotated[str, typer.Argument(help="The folder of a product,
               search: Annotated[bool, typer.Option("--search", help="Search again, not only its recorded choice.")]
               = False, workers: int | None = None,
               threads: Annotated[int, typer.Option(help="As recorded, for the same last bits.")] = 1,
-              zoo: ZooFile = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
+              device: OnDevice = "", zoo: ZooFile = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
     """Make a product again from its own folder and the inputs that it names, and compare digest by digest.
 
     Exit code 1 where the result, or an input, is not what it was.
@@ -213,7 +212,7 @@ def reproduce(what: Annotated[str, typer.Argument(help="The folder of a product,
     from glue.show.reproduction import print_reproduction, working
 
     with _workers("here", workers, threads) as pool, working(quiet or as_json) as report:
-        done = again(what, opened(zoo), pool, search=search, report=report)
+        done = again(what, opened(zoo), pool, search=search, device=device, report=report)
     print_reproduction(done, as_json)
     if not done.equal:
         raise typer.Exit(1)
@@ -253,18 +252,20 @@ def generate(member: str, prompt: Annotated[str, typer.Option(help="What it goes
                                                                   "a place; 0: all.")] = 0,
              extra: Annotated[int, typer.Option(min=0, help="With --top-k: tokens that the device names.")] = 0,
              bits: Annotated[int, typer.Option(help="With --draft: of each log-probability, 32, 16 or 8.")] = 16,
-             device: str = "cpu") -> None:
+             device: OnDevice = "cpu", dtype: RunsIn = "float32") -> None:
     """Let a member continue a prompt, greedily. With --draft a proxy asks its large model once for several tokens."""
-    from glue.kinds import load
     from glue.kinds.text import continued
     from glue.steps._device import Way, drafting
 
-    found = opened(zoo)[member]
+    found, place = opened(zoo)[member], place_of(device, dtype)
     if not draft:
-        print(continued(load(found, device=device), prompt, tokens))
+        running = place.load(found)
+        if running.spread:
+            print(f"{member} is spread over {running.spread}", file=sys.stderr)
+        print(continued(running, prompt, tokens))
         return
     way = Way.of({"draft": int(draft) if draft.isdigit() else draft, "top_k": top_k, "extra": extra, "bits": bits})
-    text, done = drafting(found, way, device=device).write(prompt, tokens)
+    text, done = drafting(found, way, place).write(prompt, tokens)
     print(text)
     told = done.ledger
     print(f"{told.written} tokens in {told.calls} calls of the large model, {told.acceptance:.0%} of judged drafts "

@@ -31,10 +31,12 @@ def join(superlink: Annotated[str, typer.Argument(help="Where the SuperLink is, 
          base: Annotated[Path | None, typer.Option(help="Where the base lies on this machine.")] = None,
          root_certificate: Annotated[Path | None, typer.Option(help="Whom to trust; without it no TLS.")] = None,
          private_key: Annotated[Path | None, typer.Option(help="By which this node shows who it is.")] = None,
-         port: Annotated[int, typer.Option(help="For its own processes; 0: any that is free.")] = 0) -> None:
+         port: Annotated[int, typer.Option(help="For its own processes; 0: any that is free.")] = 0,
+         device: Annotated[str, typer.Option(help="Where it trains: cpu, cuda, cuda:1, mps, or auto.")] = "cpu",
+         ) -> None:
     """Be one client of a federation until it is interrupted."""
     raise typer.Exit(_flower().join(superlink, client, of, data=data, base=base, root_certificate=root_certificate,
-                                    private_key=private_key, port=port))
+                                    private_key=private_key, port=port, device=device))
 
 
 def _flower() -> Any:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from glue.cli_zoo import HERE, ZooFile, opened
+from glue.errors import one_line
 
 if TYPE_CHECKING:
+    from glue.kinds import Place
     from glue.kinds.source import Session, Source
     from glue.serve.sessions import Judge
 
@@ -19,8 +22,8 @@ def serve(member: Annotated[str, typer.Argument(help="Who answers: any member th
           = "127.0.0.1",
           port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
           api_key: Annotated[str, typer.Option(envvar="GLUE_API_KEY", help="That requests must show.")] = "",
-          device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "cpu",
-          dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "float32",
+          device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")] = "cpu",
+          dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, nf4, int8, or auto.")] = "float32",
           max_batch: Annotated[int, typer.Option(min=1, help="Texts written at once.")] = 32,
           max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get 429.")] = 256,
           max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 4 * 2 ** 20,
@@ -38,9 +41,8 @@ def serve(member: Annotated[str, typer.Argument(help="Who answers: any member th
     Says "listening on http://..." when it does.
     """
     from glue.errors import MethodError
-    from glue.kinds import load
-    from glue.kinds.device import device_of
 
+    place = place_of(device, dtype)
     try:
         from glue.serve.served import Limits, Served
         from glue.serve.server import check, listen, run
@@ -57,8 +59,24 @@ def serve(member: Annotated[str, typer.Argument(help="Who answers: any member th
     limits = Limits(max_batch, max_waiting, max_body, timeout, sessions, session_tokens, session_idle, max_top_k,
                     delay_ms / 1000, grace)
     bound = listen(host, port)  # before the member is loaded: that may take long
-    running = load(opened(zoo)[member], device=device_of(device), dtype=dtype)  # type: ignore[arg-type]
+    known = opened(zoo)
+    running = replace(place, notes=known.folder).load(known[member])
+    if running.spread:
+        print(f"{member} is spread over {running.spread}", flush=True)
     run(Served(running, limits, template, judging), bound, key, lambda url: print(f"listening on {url}", flush=True))
+
+
+def place_of(device: str, dtype: str) -> Place:
+    """Where a member runs, as options say it. Raises MethodError for what this machine does not calculate with."""
+    from glue.errors import MethodError, did_you_mean
+    from glue.kinds import Dtype, Place
+    from glue.kinds.device import usable
+
+    if dtype not in get_args(Dtype):
+        raise MethodError(f"there is no dtype '{one_line(dtype, 40)}'{did_you_mean(dtype, get_args(Dtype))}",
+                          fix=f"say one of {', '.join(get_args(Dtype))}")
+    usable(device, dtype)  # type: ignore[arg-type]
+    return Place(device, dtype)  # type: ignore[arg-type]
 
 
 def judging(session: Session, source: Source, seed: int | None) -> Judge:

@@ -16,10 +16,11 @@ from typing import Any, Literal
 from glue.errors import GlueError, MethodError, Mistakes, NotHere, RecipeError, ZooError
 from glue.family import Choice, Method, marks
 from glue.find import Finder, Outcome, Pending
+from glue.kinds.device import usable
 from glue.member import Element, Member, Origin
 from glue.recipe import Line, Recipe
 from glue.snapshot import whole
-from glue.steps import Configured, Measured, Takes, Wide, steps
+from glue.steps import Configured, Measured, Takes, steps, wide
 from glue.zoo import Zoo
 
 State = Literal["done", "alias", "ready", "waiting", "deferred", "missing"]
@@ -140,6 +141,7 @@ class _Planner:
             makes = _makes(choice)
             outcome = Outcome(None, "group" if line.each else makes, frozenset(line.tags),
                               of=makes if line.each else "unknown")
+            _runnable(choice)
             if "words" in method.traits:
                 method.traits["words"](**choice.params)
             self._expand(line, method, choice)
@@ -265,9 +267,18 @@ class _Planner:
 
 def _wide(method: Method, line: Line) -> dict[str, Any]:
     """What is said for all lines, of what this step knows."""
-    words = {name: mark.word for name, info in method.parameters.items() for mark in marks(info)
-             if isinstance(mark, Wide)}
-    return {name: line.wide[word] for name, word in words.items() if word in line.wide}
+    return {name: line.wide[word] for word, name in wide(method).items() if word in line.wide}
+
+
+def _runnable(choice: Choice) -> None:
+    """Raise MethodError for a device that is not here, or numbers that it does not calculate with."""
+    words = wide(choice.method)
+    if "device" in words:
+        try:
+            usable(choice.params[words["device"]], choice.params[words["dtype"]] if "dtype" in words else "float32")
+        except MethodError as error:
+            error.loc = (words["device"],)
+            raise
 
 
 def present(member: Member) -> bool:

@@ -13,10 +13,11 @@ from typing import Any
 from glue.checkpoint import tensor_digest
 from glue.errors import GlueError, RunError, ZooError, one_line
 from glue.identity import checkpoints, identify, parts
+from glue.kinds.device import usable
 from glue.member import CHANGES, FOLDER_NOTE, Member, Origin, Table
 from glue.recorded import Lost, bound, inputs, raised
 from glue.run import made_with, with_identity, write_elements
-from glue.steps import Job, Made
+from glue.steps import Job, Made, wide
 from glue.workers import Workers
 from glue.zoo import Zoo
 
@@ -67,12 +68,13 @@ class Reproduction:
         return {**asdict(self), "equal": self.equal}
 
 
-def reproduce(what: str, zoo: Zoo, workers: Workers, *, search: bool = False,
+def reproduce(what: str, zoo: Zoo, workers: Workers, *, search: bool = False, device: str = "",
               report: Callable[[int, int, str], None] = lambda done, total, note: None) -> Reproduction:
     """Make a product again from its folder's note and the inputs that it names, beside it, and compare.
 
     what    a folder, or a member of the zoo
     search  search again, and do not take the choice that was recorded
+    device  where it is made, of steps that can be told; "" for the processor. What it ran in is part of the origin
     Nothing is made where an input is not what it was. What is made is removed again. Raises GlueError for what has no
     origin, and for what cannot be made at all.
     """
@@ -88,6 +90,9 @@ def reproduce(what: str, zoo: Zoo, workers: Workers, *, search: bool = False,
     if lost:
         return Reproduction(**told, now=_now(folder, note, found, zoo), lost=tuple(_located(lost, note)))
     choice, arguments = bound(origin, found, _suite_of(folder, note))
+    if device and (word := wide(choice.method).get("device")):
+        usable(device)
+        choice = replace(choice, params={**choice.params, word: device})
     recorded = folder / CHOICE
     with tempfile.TemporaryDirectory(dir=_beside(folder), prefix=f".{folder.name}.again-") as place:
         job = Job(note["name"], Path(place) / "made", origin.seed, workers, Path(place) / "shared", report)
@@ -179,7 +184,7 @@ def _chosen(job: Job, file: Path, params: Mapping[str, Any], arguments: Mapping[
                        fix="add --search, which searches again") from None
     members, base = arguments["members"], arguments.get("base")
     ground = Ground("", tuple(members), base, params["merge"], params["dtype"], arguments["suite"], job.seed,
-                    layers_of(members[0]))
+                    layers_of(members[0]), job.place(params["device"], params["runs_in"]))
     if not candidate.merged:
         member = ground.member(candidate.names[0])
         return Made(member.kind, same=member)

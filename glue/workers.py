@@ -23,6 +23,7 @@ from typing import Any, Literal
 from glue.errors import RunError
 
 Report = Callable[[int, int, str], None]
+WORKER = "GLUE_WORKER"  # in the environment of a worker: which of them it is, counted from 0
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE",  # idle threads of one worker must not spin beside the others
          "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 PATIENCE = 5.0  # seconds to wait for late reports
@@ -104,9 +105,12 @@ class Workers:
                 context = multiprocessing.get_context(self._start)
                 if self._start == "forkserver":
                     context.set_forkserver_preload(PRELOAD)
-                events = self._events = context.SimpleQueue()
+                events, places = context.SimpleQueue(), context.SimpleQueue()
+                self._events = events
+                for place in range(self.number):
+                    places.put(place)
                 self._pool = ProcessPoolExecutor(self.number, mp_context=context, initializer=_begin,
-                                                 initargs=(self.threads, events))
+                                                 initargs=(self.threads, events, places))
                 gc.freeze()  # or a collection in a forked process writes to pages that are shared until then
                 self._pool.submit(os.getpid)  # so that all are forked before there is a thread
                 gc.unfreeze()
@@ -153,9 +157,13 @@ def quieten() -> None:
 _events: Any = None  # set once in each worker process, by its initializer
 
 
-def _begin(threads: int, events: Any) -> None:
-    """Set up one worker process: no keyboard signals, its threads, its way back, and an end when the parent ends."""
+def _begin(threads: int, events: Any, places: Any) -> None:
+    """Set up one worker process: no keyboard signals, its threads, its way back, and an end when the parent ends.
+
+    places  tells each process which of all it is, so that each can have a GPU of its own
+    """
     global _events
+    os.environ[WORKER] = str(places.get())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore", FutureWarning)
     _events = events

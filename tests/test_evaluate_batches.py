@@ -11,11 +11,11 @@ import torch
 
 from glue.errors import MethodError, SuiteError
 from glue.evaluate.answered import Answered
-from glue.evaluate.batches import CPU_ROWS, MOST_ROWS, TOKENS, Cutter
 from glue.evaluate.fast import prepare, score
 from glue.evaluate.lm_eval import evaluate
 from glue.evaluate.suite import Suite, Task, task_items, write_tasks
 from glue.kinds import load
+from glue.kinds.batches import CPU_ROWS, MOST_ROWS, TOKENS, Cutter
 from glue.kinds.device import device_of
 from glue.member import Table
 from glue.plan import make_plan

@@ -146,9 +146,9 @@ def test_a_word_for_all_lines_is_a_parameter_of_the_steps_that_know_it_and_no_ot
     folder.mkdir(parents=True)
     (folder / "u.yaml").write_text("tasks:\n  kind: {data: r/d, output: choice, metric: acc, chance: 0.25}\n")
     lines = lines.replace("%s", "u")
-    plain, told = planned(lines), planned("device: meta\nbatch_size: 7\n" + lines)
+    plain, told = planned(lines), planned("device: auto\nbatch_size: 7\n" + lines)
     assert [task.choice.params["batch_size"] for task in told if task.step == "evaluate"] == [7, 2]
-    assert all(task.choice.params["device"] == "meta" for task in told if task.step == "evaluate")
+    assert all(task.choice.params["device"] == "auto" for task in told if task.step == "evaluate")
     assert [task.origin for task in plain] == [task.origin for task in told]  # how it is done, not what comes out
     with pytest.raises(GlueError, match="'batch_size' cannot be 0"):
         planned("batch_size: 0\n" + lines)

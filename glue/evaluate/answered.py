@@ -13,6 +13,7 @@ import torch
 
 from glue.errors import SuiteError
 from glue.files import append_line, whole_lines
+from glue.kinds.batches import Room, emptied
 from glue.member import canonical
 
 Cut = Callable[[Sequence[int], int], list[list[int]]]  # (positions, how often batches were halved) -> batches
@@ -22,21 +23,26 @@ class Answered:
     """Answers by what was asked: one line a batch, whole or not there at all.
 
     file    of one member under one harness; None keeps nothing
+    room    of the member; how often others like it had to be halved is where this begins
     halved  how often a batch was too much for the memory: those after it are smaller by as many halves
     told    is called with the number of requests that were answered just now
 
     A batch is known by all of its requests and their order, so that an answer is only ever taken for the batch in
     which it was given: padding moves the last bits of a likelihood, and so a tie. That a batch was too much is written
-    down too, so that whoever goes on cuts all others as they were cut the first time.
+    down too, and what it began with, so that whoever goes on cuts all others as they were cut the first time.
     """
 
-    def __init__(self, file: Path | None = None):
-        self.file = file
-        self.halved = 0
+    def __init__(self, file: Path | None = None, room: Room | None = None):
+        self.file, self.room = file, room or Room()
+        self.halved = self.room.halved
         self.told: Callable[[int], None] = lambda requests: None
         self._known: dict[str, list[Any] | None] = {}
-        for line in map(json.loads, whole_lines(file) if file else ()):
-            self._known[line["batch"]] = line["answers"]
+        lines = list(map(json.loads, whole_lines(file) if file else ()))
+        if lines:
+            self.halved = lines[0].get("halved", 0)
+        elif file and self.halved:
+            append_line(file, canonical({"halved": self.halved}))
+        self._known |= {line["batch"]: line["answers"] for line in lines if "batch" in line}
 
     def each(self, how: Sequence[str], requests: Sequence[Any], cut: Cut,
              ask: Callable[[list[int]], list[Any]]) -> list[Any]:
@@ -56,6 +62,7 @@ class Answered:
                 found = _asked(ask, batch)
                 if found is None:
                     _refuse_what_cannot_shrink(batch, cut([k for some in waiting for k in some], self.halved + 1))
+                    self.room.halve()
                 self._known[key] = found
                 if self.file:
                     append_line(self.file, canonical({"batch": key, "answers": found}))
@@ -84,7 +91,7 @@ def _asked(ask: Callable[[list[int]], list[Any]], batch: list[int]) -> list[Any]
     """The answers, or None where the memory does not suffice."""
     with suppress(torch.OutOfMemoryError):
         return ask(batch)
-    torch.cuda.empty_cache()  # not before the error is gone, which holds what filled the memory
+    emptied()  # not before the error is gone, which holds what filled the memory
     return None
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -27,13 +26,14 @@ import torch
 from glue.errors import SuiteError
 from glue.evaluate.routes import by_expert, by_route
 from glue.evaluate.suite import Item, Task
-from glue.kinds import Running
+from glue.kinds import BatchSize, Running
 from glue.kinds.text import longest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = tuple[int, ...]
+ROWS = 64
 SHARED = 4  # a shorter context is read again for each choice: a second pass of the model would cost more
 
 
@@ -117,7 +117,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Ids]:
 
 
 def ask(running: Running, tasks: Sequence[Task], items: Mapping[str, Sequence[Item]], *,
-        batch_size: int = 64) -> dict[str, np.ndarray]:
+        batch_size: BatchSize = "auto") -> dict[str, np.ndarray]:
     """`prepare` and `score` in one, also for members whose experts have tokenizers of their own.
 
     A question chooses its expert by its text, once for all of its choices.
@@ -126,7 +126,7 @@ def ask(running: Running, tasks: Sequence[Task], items: Mapping[str, Sequence[It
 
 
 def losses(running: Running, tasks: Sequence[Task], items: Mapping[str, Sequence[Item]], *,
-           batch_size: int = 64) -> dict[str, np.ndarray]:
+           batch_size: BatchSize = "auto") -> dict[str, np.ndarray]:
     """How surprised a member is by each right answer: task -> [items], in bits a byte of the space and the answer.
 
     The same for members with different tokens, since bytes are counted and not tokens.
@@ -159,7 +159,7 @@ def _asked(running: Running, tasks: Sequence[Task], items: Mapping[str, Sequence
     return {task.name: np.array([next(results) for _ in items[task.name]]) for task in tasks}
 
 
-def score(running: Running, prepared: Prepared, *, batch_size: int = 64) -> dict[str, np.ndarray]:
+def score(running: Running, prepared: Prepared, *, batch_size: BatchSize = "auto") -> dict[str, np.ndarray]:
     """Results of one member, task -> [items] in the order of the items; the batch size changes speed only."""
     heard, results = _heard(running, prepared, batch_size), dict[str, np.ndarray]()
     for task in prepared.tasks:
@@ -170,7 +170,7 @@ def score(running: Running, prepared: Prepared, *, batch_size: int = 64) -> dict
     return results
 
 
-def _heard(running: Running, prepared: Prepared, batch_size: int) -> list[list[float]]:
+def _heard(running: Running, prepared: Prepared, batch_size: BatchSize) -> list[list[float]]:
     """What each row came to: the log-likelihood of each of its choices, or whether the right text was written."""
     reader = _Reader(running, batch_size)
     contexts = [row.context for row in prepared.rows]
@@ -186,8 +186,11 @@ def _right(task: Task, item: Item, likelihoods: list[float]) -> float:
 class _Reader:
     """A model that is asked rows."""
 
-    def __init__(self, running: Running, batch_size: int):
-        self.model, self.tokenizer, self.batch_size = running.model.eval(), running.tokenizer, batch_size
+    def __init__(self, running: Running, batch_size: BatchSize):
+        self.model, self.tokenizer = running.model.eval(), running.tokenizer
+        self.room = running.room
+        asked = self.room.size if batch_size == "auto" else batch_size
+        self.batch_size = ROWS if asked == "auto" else asked
         self.longest = longest(running.model, running.tokenizer)
         self.slices = "logits_to_keep" in inspect.signature(running.model.forward).parameters
         told = running.model.generation_config.eos_token_id if running.model.generation_config else None
@@ -234,25 +237,18 @@ class _Reader:
         results: list[list[float]] = [[]] * len(rows)
         shared = self._sharing(rows, ids)
         for some in self._together(rows, shared):
-            for k, result in zip(some, self._fitting(some, lambda part: self._read_shared([rows[k] for k in part])),
+            for k, result in zip(some, self.room.read(some, lambda part: self._read_shared([rows[k] for k in part])),
                                  strict=True):
                 results[k] = result
         once = {k for group in shared for k in group}
         order = sorted((k for k in range(len(rows)) if k not in once), key=lambda k: len(ids[k]))
-        for first in range(0, len(order), self.batch_size):
-            some = order[first:first + self.batch_size]
-            for k, result in zip(some, self._fitting(some, lambda part: self._read_batch(
+        while order:
+            most = self.room.of(self.batch_size)
+            some, order = order[:most], order[most:]
+            for k, result in zip(some, self.room.read(some, lambda part: self._read_batch(
                     [rows[k] for k in part], [ids[k] for k in part])), strict=True):
                 results[k] = result
         return results
-
-    def _fitting(self, some: list[int], read: Callable[[list[int]], list[list[float]]]) -> list[list[float]]:
-        """What `read` makes of some positions; half by half where all at once are too much for the memory."""
-        with suppress(torch.OutOfMemoryError) if len(some) > 1 else nullcontext():
-            return read(some)
-        torch.cuda.empty_cache()  # not before the error is gone, which holds what filled the memory
-        middle = len(some) // 2
-        return self._fitting(some[:middle], read) + self._fitting(some[middle:], read)
 
     def _sharing(self, rows: list[_Row], ids: list[Ids]) -> list[list[int]]:
         """Positions of the rows of each context that is worth to be read once; the same whatever the batches."""
@@ -269,7 +265,7 @@ class _Reader:
         length = -1
         for group in shared:
             now = len(rows[group[0]].context)
-            if now != length or len(batches[-1]) + len(group) > self.batch_size:
+            if now != length or len(batches[-1]) + len(group) > self.room.of(self.batch_size):
                 batches.append([])
             length = now
             batches[-1] += group
@@ -318,7 +314,7 @@ class _Reader:
         logits = read.logits[owner, -1:]  # [b, 1, v]
         width = max(len(row.tail) for row in rows)
         if width:
-            read.past_key_values.batch_select_indices(owner)
+            read.past_key_values.batch_select_indices(owner.cpu())  # layers may lie on several devices
             tails = self._put([row.tail + (0,) * (width - len(row.tail)) for row in rows])
             after = self.model(tails, past_key_values=read.past_key_values, use_cache=True).logits  # [b, width, v]
             logits = torch.cat([logits, after], dim=1)

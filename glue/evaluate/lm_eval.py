@@ -23,12 +23,12 @@ from glue.checkpoint import combined
 from glue.errors import SuiteError, did_you_mean
 from glue.evaluate import cached
 from glue.evaluate.answered import Answered
-from glue.evaluate.batches import BatchSize, Cutter
 from glue.evaluate.imported import rows_digest
 from glue.evaluate.routes import by_expert, by_route, document_texts
 from glue.evaluate.suite import Named, Split, Suite
 from glue.evaluate.surroundings import SEED, offline, quiet, seeded
-from glue.kinds import Running
+from glue.kinds import BatchSize, Running
+from glue.kinds.batches import Cutter
 
 CODE = "HF_ALLOW_CODE_EVAL"
 Report = Callable[[int, int], None]
@@ -57,7 +57,7 @@ def evaluate(running: Running, folder: Path, names: list[str], *, batch_size: Ba
     """
     from lm_eval.tasks import TaskManager
 
-    answered = answered or Answered()
+    answered = answered or Answered(room=running.room)
     with quiet():
         known = TaskManager(include_path=str(folder), include_defaults=False)
         for name in names:
@@ -80,7 +80,7 @@ def evaluate_named(running: Running, tasks: Sequence[Named], split: Split, *, ba
     report  is told (done, all), where each task is as much as any other
     Raises SuiteError for tasks that cannot be loaded, and for metrics that are no mean over items.
     """
-    answered = answered or Answered()
+    answered = answered or Answered(room=running.room)
     with quiet():
         lm = as_lm(running, batch_size, answered)
     together: dict[tuple[str, int], list[Named]] = {}
@@ -174,7 +174,7 @@ def as_lm(running: Running, batch_size: BatchSize = "auto", answered: Answered |
     batch_size  how many distinct inputs are read at once; auto: so many that they most likely fit, and half as many
                 where they do not
     """
-    answered = answered or Answered()
+    answered = answered or Answered(room=running.room)
     make = _with_routes if running.choose is None else _by_text
     return make(running, batch_size, answered)
 

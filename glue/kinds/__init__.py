@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from glue.checkpoint import Weights
@@ -15,7 +18,11 @@ from glue.member import Member, with_article
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # auto: what the files hold
+    from glue.kinds.batches import Room
+
+BatchSize = int | Literal["auto"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "nf4", "int8"]  # auto: what the files hold
+QUANTISED = ("nf4", "int8")  # by bitsandbytes, for members that answer and do not learn
 
 kinds = Family("kinds", "kind of member", "glue.kinds", first="Member -> Running", traits=("weights",))
 
@@ -47,13 +54,61 @@ class Running:
     choose: Callable[[Sequence[str]], list[int]] | None = None
     experts: Sequence[Running] = ()
 
+    @cached_property
+    def room(self) -> Room:
+        """How much it reads at once; whoever loads a `Place` has what is remembered of such members."""
+        from glue.kinds.batches import Room
+
+        return Room()
+
+    @property
+    def spread(self) -> str:
+        """Over which devices it is spread, in words; "" where it is in one place."""
+        from glue.kinds.device import spread
+
+        return "" if self.choose is not None else spread(self.model)
+
     def answering(self, text: str) -> Running:
         """Who answers a question: the expert that its text chooses, or this member itself."""
         return self if self.choose is None else self.experts[self.choose([text])[0]]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where members run and in what: the words of a recipe or of options, which every command hands on as they are.
+
+    device, dtype  see `load`
+    batch_size     how much is read at once at most; auto: what most likely fits
+    notes          the zoo's folder, where it is remembered how much did; None: nowhere
+    """
+
+    device: str = "cpu"
+    dtype: Dtype = "float32"
+    batch_size: BatchSize = "auto"
+    notes: Path | None = None
+
+    def load(self, member: Member) -> Running:
+        """The member, there and so."""
+        return self.settle(load(member, device=self.device, dtype=self.dtype))
+
+    def settle(self, running: Running) -> Running:
+        """The same member that was loaded otherwise, with what is remembered of such members here."""
+        from glue.kinds.batches import NOTES, Room
+        from glue.kinds.device import named
+        from glue.kinds.frame import architecture
+
+        shape = sha256(architecture(running.member).encode()).hexdigest()[:12]
+        running.room = Room(self.notes and self.notes / NOTES, f"{running.member.kind} {shape} in {self.dtype} on "
+                                                               f"{named(self.device)}", self.batch_size)
+        return running
+
+
 def load(member: Member, *, device: str = "cpu", dtype: Dtype = "float32") -> Running:
-    """Load a member so that it can be asked. Raises ZooError for kinds that do not run, such as datasets."""
+    """Load a member so that it can be asked. Raises ZooError for kinds that do not run, such as datasets.
+
+    device  a word that `glue.kinds.device` knows: auto, cpu, cuda, cuda:1, mps
+    dtype   what it calculates in; of nf4 and int8, what its weights are kept in
+    """
     return _kind(member, "it does not run", "name a model, an adapter or a mixture").bind(
         {"device": device, "dtype": dtype})(member)
 

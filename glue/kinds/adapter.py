@@ -7,13 +7,15 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from glue.checkpoint import Header, Weights
-from glue.errors import CheckpointError
-from glue.kinds import Dtype, Running, kinds, load, weights
+from glue.errors import CheckpointError, MethodError
+from glue.kinds import QUANTISED, Dtype, Running, kinds, load, weights
+from glue.kinds.device import waits
 from glue.kinds.frame import framed
 from glue.kinds.lora import CONFIG, Adapter, linear_layers, scale
 from glue.kinds.model import EMBEDDINGS, HEADS
@@ -49,7 +51,10 @@ def _refuse_turned(adapter: Adapter, base: Member) -> None:
 
 @kinds.add("adapter", weights=adapter_weights)
 def adapter(member: Member, *, device: str = "cpu", dtype: Dtype = "float32") -> Running:
-    """The model below with the adapter merged into it by peft."""
+    """The model below with the adapter merged into it by peft; where its weights are quantised, beside them.
+
+    Merged weights would be quantised a second time.
+    """
     from peft import PeftModel
 
     framed(member)
@@ -57,8 +62,13 @@ def adapter(member: Member, *, device: str = "cpu", dtype: Dtype = "float32") ->
     folder = whole(member.path, member.kind)
     refuse_shared(Adapter(folder), weights(member.base))
     below = load(member.base, device=device, dtype=dtype)
-    with_adapter = PeftModel.from_pretrained(below.model, folder, torch_device=device)
-    return Running(member, with_adapter.merge_and_unload().eval(), below.tokenizer)
+    if waits(below.model):
+        raise MethodError(f"'{member.name}' would be merged into '{member.base.name}', which has no room on the "
+                          f"device: it lies on {below.spread}",
+                          fix="say a smaller dtype, such as nf4, or device: cpu, or merge them first")
+    with_adapter: Any = PeftModel.from_pretrained(below.model, folder, torch_device=str(below.model.device))
+    model = with_adapter.get_base_model() if dtype in QUANTISED else with_adapter.merge_and_unload()
+    return Running(member, model.eval(), below.tokenizer)
 
 
 def refuse_shared(adapter: Adapter, base: Weights) -> None:

@@ -26,6 +26,7 @@ from glue.errors import CheckpointError
 LEFT, RIGHT = ".svd_left", ".svd_right"
 PART = re.compile(r"(?P<owner>base|expert_(?P<number>\d+))\.(?P<name>.+?)(?P<side>\.svd_left|\.svd_right)?")
 AGAIN = "make the mixture again"
+AS_CHANGES = "glue_compressed_mixture"  # GlueCompressedMixtureConfig.model_type, without importing transformers
 
 
 class Compressed(Mapping[str, Tensor]):

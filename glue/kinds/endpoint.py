@@ -18,6 +18,7 @@ from glue.errors import GlueError, RunError, ZooError, did_you_mean, one_line
 from glue.files import publish, write_aside
 from glue.hub import locate
 from glue.kinds import Dtype, Running, kinds, wire
+from glue.kinds.device import device_of
 from glue.kinds.far_source import Completions, ScoreHTTP, Words
 from glue.kinds.frame import config_json, tokenizer_of
 from glue.kinds.link import HttpLink, Traffic
@@ -128,7 +129,7 @@ def endpoint(member: Member, *, device: str = "cpu", dtype: Dtype = "float32") -
     config = GlueAskedConfig(**shape)
     model: Any = GlueAskedForCausalLM(config, source)
     model.generation_config = GenerationConfig(**marks)
-    return Running(member, model.eval().to(device), tokenizer)
+    return Running(member, model.eval().to(device_of(device)), tokenizer)
 
 
 def connect(folder: Path, url: str, *, tokenizer: Member, model: str = "", protocol: Protocol = "glue", key: str = "",

@@ -12,10 +12,14 @@ import torch
 from glue.checkpoint import Header
 from glue.errors import ZooError
 from glue.hub import locate
-from glue.member import Member, with_article
+from glue.identity import UNCOUNTED_KEYS
+from glue.member import Member, canonical, with_article
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+
+NO_SHAPE = (*UNCOUNTED_KEYS, "dtype", "torch_dtype")  # in a configuration
 
 
 def framed(member: Member) -> Member:
@@ -92,6 +96,12 @@ def widest(headers: Iterable[Header]) -> torch.dtype:
     for k, kind in enumerate(dict.fromkeys(header.dtype for header in headers if header.dtype.is_floating_point)):
         found = torch.promote_types(found, kind) if k else kind
     return found
+
+
+def architecture(member: Member) -> str:
+    """What a member's configuration says, but for the type of its weights and where they came from."""
+    told = config_json(locate(framed(member).path), member.name)
+    return canonical({key: value for key, value in told.items() if key not in NO_SHAPE})
 
 
 def first_line(error: Exception) -> str:

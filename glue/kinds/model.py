@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from glue.checkpoint import Checkpoint, Header
-from glue.errors import CheckpointError
+from glue.errors import CheckpointError, MethodError
 from glue.hub import locate
-from glue.kinds import Dtype, Running, kinds
+from glue.kinds import QUANTISED, Dtype, Running, kinds
+from glue.kinds.device import as_torch, device_of, loading, settled
 from glue.kinds.frame import config_json, config_of, first_line, generation_of, tokenizer_of
 from glue.member import Member
 from glue.snapshot import whole
@@ -61,22 +62,38 @@ def _ending(running: Running) -> Running:
 
 
 def model_of(member: Member, device: str, dtype: Dtype) -> PreTrainedModel:
-    """The model in a member's folder. Raises CheckpointError where the files do not fill it exactly."""
+    """The model in a member's folder, where and as the words say.
+
+    Raises CheckpointError where the files do not fill it exactly, MethodError where it fits nowhere.
+    """
     folder = whole(member.path)
     config_of(member)  # first, for its plainer errors
-    kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    loaded: Any = _filled(folder, f"'{member.name}' in {folder}", dtype=kind, use_safetensors=True)
-    return loaded.to(device)
+    how = loading(device, dtype, Checkpoint(folder).headers)
+    loaded: Any = _filled(folder, f"'{member.name}' in {folder}", use_safetensors=True, **how)
+    if loaded.device.type == "meta":
+        raise MethodError(f"'{member.name}' is so large that not even its embeddings fit on {device_of(device)}",
+                          fix="take a larger device, a smaller dtype, or device: cpu")
+    return loaded
 
 
-def assembled(frame: Member, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> Running:
-    """A model of these tensors with the configuration and the tokenizer of `frame`, in fp32, without any file."""
+def assembled(frame: Member, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], *, device: str = "cpu",
+              dtype: Dtype = "float32") -> Running:
+    """A model of these tensors with the configuration and the tokenizer of `frame`, without any file.
+
+    It is put together in fp32 on the processor and then goes where and becomes what the words say; auto is fp32.
+    Raises MethodError for quantised weights, which come from files.
+    """
+    if dtype in QUANTISED:
+        raise MethodError(f"'{frame.name}' is put together in memory, and {dtype} is for weights in files",
+                          fix="say dtype: bfloat16, or write it as a model first and ask that")
     config = config_of(frame)
     # cloned: transformers may keep a tensor as it is, and a view of a file does not survive that file
     loaded = _filled(None, f"the tensors for '{frame.name}'", config=config, dtype=torch.float32,
                      state_dict={name: tensor.clone() for name, tensor in dict(tensors).items()})
     loaded.generation_config = generation_of(frame)
-    return _ending(Running(frame, loaded, tokenizer_of(frame)))
+    if dtype not in ("auto", "float32"):
+        loaded = loaded.to(as_torch(dtype))  # type: ignore[arg-type]
+    return _ending(Running(frame, settled(loaded, device), tokenizer_of(frame)))
 
 
 class Streamed(Protocol):
@@ -89,12 +106,14 @@ class Streamed(Protocol):
 
 
 class Skeleton:
-    """A model in fp32 that is built once and then takes other weights in place, without any file.
+    """A model that is built once and then takes other weights in place, without any file.
 
     All frames that it is filled for have one configuration.
+    device, dtype  as of `assembled`
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu", dtype: Dtype = "float32") -> None:
+        self._device, self._dtype = device, dtype
         self._running: Running | None = None
         self._places: dict[str, Tensor] = {}
         self._held: dict[str, Hashable] = {}  # place -> what is there
@@ -105,7 +124,8 @@ class Skeleton:
         marks  tensor -> what tells its numbers from any others; those that are there already are not put there again
         """
         if self._running is None or not self._takes(tensors.headers):
-            self._running = assembled(frame, ((name, tensors.tensor(name)) for name in tensors.headers))
+            self._running = assembled(frame, ((name, tensors.tensor(name)) for name in tensors.headers),
+                                      device=self._device, dtype=self._dtype)
             self._places, self._held = _places(self._running.model, tensors.headers), dict(marks)
             return self._running
         for name, place in self._places.items():

@@ -134,7 +134,8 @@ def pair(small: Member, tuned: Member, *, device: str = "cpu",
         return below, load(tuned, device=device, dtype=dtype), None
     from peft import PeftModel
 
-    return below, None, Switched(PeftModel.from_pretrained(below.model, locate(tuned.path), torch_device=device).eval())
+    there = str(below.model.device)
+    return below, None, Switched(PeftModel.from_pretrained(below.model, locate(tuned.path), torch_device=there).eval())
 
 
 def shared(tuned: Member) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,6 @@ def seed_history(member: Member, *, device: str = "cpu", dtype: Dtype = "float32
 
 def dense(member: Member, tensors: Weights, device: str, dtype: Dtype) -> Running:
     """A member that is a change of its base, as the model that it stands for."""
-    running = assembled(member, ((name, tensors[name]) for name in tensors))
-    kind = widest(tensors.headers.values()) if dtype == "auto" else getattr(torch, dtype)
-    model: Any = running.model
-    return replace(running, model=model.to(device, kind))
+    stored: Any = str(widest(tensors.headers.values())).removeprefix("torch.")
+    return assembled(member, ((name, tensors[name]) for name in tensors), device=device,
+                     dtype=stored if dtype == "auto" else dtype)

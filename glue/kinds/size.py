@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from glue.checkpoint import Checkpoint
 from glue.hub import locate
 from glue.kinds import prompt, weights
-from glue.kinds.compressed import Compressed
+from glue.kinds.compressed import AS_CHANGES, Compressed
 from glue.kinds.frame import config_json
 from glue.kinds.proxy import members
 from glue.kinds.proxy import shared as one_set
@@ -16,7 +16,6 @@ from glue.kinds.text_mixture import EXPERTS, MODEL_TYPE
 from glue.member import Member
 
 OF_EXPERT = re.compile(r"(?:\bexpert_|\bexperts\.)(\d+)\.")  # what tensors of one expert among several are called
-AS_CHANGES = "glue_compressed_mixture"  # GlueCompressedMixtureConfig.model_type, without importing transformers
 CHOSEN = ("experts_per_prompt", "num_experts_per_tok")  # in a configuration: how many of them answer
 
 

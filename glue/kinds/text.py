@@ -69,17 +69,24 @@ def losses(running: Running, texts: Sequence[str]) -> Tensor:
     order = sorted((k for k in range(len(texts)) if sizes[k]), key=lambda k: -len(seen[k]))
     while order:
         width = len(seen[order[0]])
-        some, order = order[:max(1, BATCH_TOKENS // width)], order[max(1, BATCH_TOKENS // width):]
-        ids = torch.zeros(len(some), width, dtype=torch.long)
-        wanted = torch.full((len(some), width), -100)  # what cross_entropy passes over
-        for line, k in enumerate(some):  # padded on the right, where no token that counts can see it
-            ids[line, :len(seen[k])] = torch.tensor(seen[k])
-            wanted[line, :len(seen[k]) - 1] = torch.tensor(seen[k][1:])
-        logits = model(ids.to(model.device), use_cache=False).logits.float()
-        each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.to(logits.device).flatten(),
-                                                 reduction="none")
-        sums[some] = each.view(ids.shape).double().sum(1).cpu()
+        most = running.room.of(BATCH_TOKENS // width)
+        some, order = order[:most], order[most:]
+        sums[some] = torch.stack(running.room.read(some, lambda part: _summed(
+            model, [seen[k] for k in part], width)))  # noqa: B023 - called at once
     return sums / torch.where(sizes > 0, sizes, 1.0) + blind
+
+
+def _summed(model: Any, texts: Sequence[Sequence[int]], width: int) -> list[Tensor]:
+    """What all tokens of a text after its first cost together, in nats; all texts as wide as the widest of them."""
+    ids = torch.zeros(len(texts), width, dtype=torch.long)
+    wanted = torch.full((len(texts), width), -100)  # what cross_entropy passes over
+    for line, text in enumerate(texts):  # padded on the right, where no token that counts can see it
+        ids[line, :len(text)] = torch.tensor(text)
+        wanted[line, :len(text) - 1] = torch.tensor(text[1:])
+    logits = model(ids.to(model.device), use_cache=False).logits.float()
+    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.to(logits.device).flatten(),
+                                             reduction="none")
+    return list(each.view(ids.shape).double().sum(1).cpu())
 
 
 def longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 from glue.checkpoint import Header, fingerprint, weights_digest
 from glue.errors import CheckpointError, MethodError, did_you_mean
 from glue.family import Choice
+from glue.kinds.device import device_of
 from glue.merge.leaf import Leaf, Source
 from glue.merge.parameters import by_member, settled
 from glue.merge.target import PIECE, Glimpse, Held, Input, Model, Pieces, Target
@@ -113,6 +114,7 @@ class Merge:
 
     targets    by name, in the order of their names
     work       the type of the numbers; None for one that is wider than the output
+    device     the word for where they are calculated; each worker takes a GPU of its own where there are several
     allow_nan  write numbers that are not finite, instead of refusing them
     seen       what was found by a glance at the whole model, by methods whose `scope` is "model"
     """
@@ -124,6 +126,11 @@ class Merge:
     device: str = "cpu"
     allow_nan: bool = False
     seen: Any = None
+
+    @property
+    def place(self) -> str:
+        """Where this process calculates, as torch calls it."""
+        return device_of(self.device)
 
     @property
     def headers(self) -> dict[str, Header]:
@@ -146,7 +153,7 @@ class Merge:
                               f"for all tensors", fix="leave out gradients and filters, or say  scope: tensor")
         offset, parts = 0, []
         for target in floating:
-            parts.append(Pieces(replace(target, offset=offset), self.seed, PIECE, self.work, self.device))
+            parts.append(Pieces(replace(target, offset=offset), self.seed, PIECE, self.work, self.place))
             offset += target.header.numel
         seen = _glanced(first.choice, first.names, Model(parts))
         targets = {**self.targets, **{part.target.name: part.target for part in parts}}
@@ -171,10 +178,10 @@ class Merge:
         seen = self.seen
         if "glance" in traits and seen is None and target.header.numel:
             assert choice.params.get("scope") != "model", "a glance at the whole model comes first"
-            seen = _glanced(choice, names, Pieces(target, self.seed, PIECE, self.work, self.device))
+            seen = _glanced(choice, names, Pieces(target, self.seed, PIECE, self.work, self.place))
         given: dict[str, Any] | None = None
         out: Tensor | None = None
-        for leaf in Pieces(target, self.seed, self.piece, self.work, self.device):
+        for leaf in Pieces(target, self.seed, self.piece, self.work, self.place):
             given = given if given is not None else _settled(choice, names, leaf)
             result = _called(choice, given, replace(leaf, seen=seen)).reshape(-1)
             out = torch.empty(len(result), dtype=target.header.dtype) if out is None else out[:len(result)]

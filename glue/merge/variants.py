@@ -26,8 +26,8 @@ class Variants:
     """One method over the same members, base and output type, ready for any parameters."""
 
     def __init__(self, method: Choice, members: Sequence[Source], base: Source | None = None, *, seed: int = 0,
-                 out_dtype: str | None = None):
-        self.whole = prepared(method, members, base, seed=seed, out_dtype=out_dtype)
+                 out_dtype: str | None = None, device: str = "cpu"):
+        self.whole = prepared(method, members, base, seed=seed, out_dtype=out_dtype, device=device)
         self.method, self.members, self.base = method, {source.name: source for source in members}, base
         names = list(self.members)
         self._rows = {word: dict(zip(names, row, strict=True)) for word, row in by_member(method, names).items()}

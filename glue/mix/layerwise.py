@@ -128,7 +128,7 @@ class Walk:
         table = copy(self._trunk)["model.embed_tokens.weight"]
         rows = [self.tokenizer(text)["input_ids"] for text in texts]
         return [(places, mask.to(self._device), table[ids].float().to(self._device))
-                for places, ids, mask in left_padded(rows, self._tokens)]
+                for places, ids, mask in left_padded(rows, lambda: self._tokens)]
 
 
 def pooled(batches: list[Batch], h: int, seen: Callable[[Tensor], Tensor] = lambda state: state) -> Tensor:

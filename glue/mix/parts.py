@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from glue.checkpoint import Weights
+from glue.kinds import Place
+from glue.kinds.device import device_of
 from glue.member import Member
 
 
@@ -20,12 +22,19 @@ class Parts:
              what they were tuned from, where only changes are stored. None where they share nothing
     frame    whose configuration, tokenizer and generation settings are taken over
     dense    the first so many layers are the trunk's alone
+    place    where what is looked at is calculated; layers that are read one by one are in fp32 whatever it says
     """
 
     experts: tuple[Member, ...]
     trunk: Weights | None
     frame: Member
     dense: int = 0
+    place: Place = Place()
+
+    @property
+    def device(self) -> str:
+        """Of this process, as torch calls it."""
+        return device_of(self.place.device)
 
 
 @dataclass(frozen=True)

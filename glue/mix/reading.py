@@ -26,7 +26,8 @@ class Reading:
         assert parts.trunk is not None, "MLPs need a trunk around them"
         self.trunk, self.experts = parts.trunk, [weights(expert) for expert in parts.experts]
         self.dense, self.by_sentence, self.gates = parts.dense, by_sentence, list[Gate | None]()
-        self._walk = Walk(parts.trunk, parts.frame, self._through, READ)
+        self._device = parts.device
+        self._walk = Walk(parts.trunk, parts.frame, self._through, READ, self._device)
         self.config = self._walk.config
 
     @torch.no_grad()
@@ -44,8 +45,8 @@ class Reading:
         states = torch.empty(m, r, self.config.hidden_size)
         for places, mask, state in self._at(i, texts):
             length = mask.sum(1, keepdim=True)
-            at = mask.shape[1] - length + (shares[places] * length).long().clamp(max=length - 1)
-            states[places] = norm(state.gather(1, at[..., None].expand(-1, -1, state.shape[2])))
+            at = mask.shape[1] - length + (shares[places].to(mask.device) * length).long().clamp(max=length - 1)
+            states[places] = norm(state.gather(1, at[..., None].expand(-1, -1, state.shape[2]))).cpu()
         return states.flatten(0, 1)
 
     def _at(self, i: int, texts: Sequence[str]) -> list[Batch]:
@@ -56,7 +57,7 @@ class Reading:
         """From the embeddings, or from before the MLPs of one layer, to before those of the next."""
         if place:
             batches = self._answered(place - 1, batches)
-        layer = Layer(self.config, place, answers=False)
+        layer = Layer(self.config, place, answers=False, device=self._device)
         layer.fill(self.trunk)
         return layer.through(batches)
 
@@ -64,12 +65,12 @@ class Reading:
         """From before the MLPs of layer i to behind it."""
         mlp, norm = Layer(self.config, i).mlp, self._norm(i)
         if i < self.dense:
-            fill(mlp, self.trunk, f"model.layers.{i}.mlp")
+            fill(mlp, self.trunk, f"model.layers.{i}.mlp", self._device)
             return [(places, mask, state + mlp(norm(state))) for places, mask, state in batches]
         shares = [self._shares(self.gates[i - self.dense], norm(state), mask) for _, mask, state in batches]
         passed = [state.clone() for _, _, state in batches]
         for j, expert in enumerate(self.experts):
-            fill(mlp, expert, f"model.layers.{i}.mlp")
+            fill(mlp, expert, f"model.layers.{i}.mlp", self._device)
             for (_, _, state), share, out in zip(batches, shares, passed, strict=True):
                 asked = share[:, j].nonzero()[:, 0]
                 answer = mlp(norm(state).flatten(0, 1)[asked])
@@ -82,12 +83,14 @@ class Reading:
 
         (b, s, _), e = states.shape, len(self.experts)
         if gate is None:
-            return torch.full((b * s, e), 1 / e)
+            return torch.full((b * s, e), 1 / e, device=states.device)
         if self.by_sentence:
-            return chosen(gate.logits(averaged(states, mask)), gate.top_k).repeat_interleave(s, 0)
-        return chosen(gate.logits(states.flatten(0, 1)), gate.top_k)
+            found = chosen(gate.logits(averaged(states, mask).cpu()), gate.top_k).repeat_interleave(s, 0)
+        else:
+            found = chosen(gate.logits(states.flatten(0, 1).cpu()), gate.top_k)
+        return found.to(states.device)
 
     def _norm(self, i: int) -> nn.Module:
         norm = Layer(self.config, i).inner.post_attention_layernorm
-        fill(norm, self.trunk, f"model.layers.{i}.post_attention_layernorm")
+        fill(norm, self.trunk, f"model.layers.{i}.post_attention_layernorm", self._device)
         return norm

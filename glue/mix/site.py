@@ -199,12 +199,12 @@ def _sound(router: Choice, site: Site) -> Gate | LossGate:
 @torch.no_grad()
 def pooled_states(running: Running, prompts: Sequence[str], layer: int = -1) -> Tensor:
     """What the router of a mixture will see of each prompt when `running` is its reader. [m, h] fp32"""
-    from glue.kinds.mixture import left_padded
+    from glue.kinds.mixture import left_read
     from glue.kinds.modelling.model_mixture import pooled
 
     rows = [running.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    states = torch.empty(len(rows), running.model.config.hidden_size)
-    for places, ids, mask in left_padded(rows):
-        device = running.model.device
-        states[places] = pooled(running.model, ids.to(device), mask.to(device), layer).cpu()
+    states, device = torch.empty(len(rows), running.model.config.hidden_size), running.model.device
+    for place, state in left_read(running.room, rows, lambda ids, mask: pooled(running.model, ids.to(device),
+                                                                               mask.to(device), layer).cpu()):
+        states[place] = state
     return states

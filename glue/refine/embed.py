@@ -38,16 +38,21 @@ def by_member(running: Running, texts: Sequence[str], *, batch_size: int = 64) -
     longest = getattr(running.model.config, "max_position_embeddings", None)
     found: list[np.ndarray] = [np.empty(0)] * len(texts)
     order = sorted(range(len(texts)), key=lambda k: len(ids[k]))
-    for first in range(0, len(order), batch_size):
-        some = order[first:first + batch_size]
+
+    @torch.inference_mode()
+    def means(some: Sequence[int]) -> list[np.ndarray]:
         rows = [ids[k][:longest] or [0] for k in some]
         width = max(map(len, rows))
         tokens = torch.tensor([row + row[-1:] * (width - len(row)) for row in rows], device=running.model.device)
         mask = torch.tensor([[1.0] * len(row) + [0.0] * (width - len(row)) for row in rows], device=tokens.device)
-        with torch.inference_mode():
-            seen = running.model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states[-1]
-            means = (seen * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-        for k, mean in zip(some, means.double().cpu().numpy(), strict=True):
+        seen = running.model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states[-1]
+        seen, mask = seen.float(), mask.to(seen.device)
+        return list(((seen * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)).double().cpu().numpy())
+
+    while order:
+        most = running.room.of(batch_size)
+        some, order = order[:most], order[most:]
+        for k, mean in zip(some, running.room.read(some, means), strict=True):
             found[k] = mean
     return _even(np.stack(found) - np.mean(found, axis=0))  # all share a large mean, beside which they differ little
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from glue.kinds.batches import emptied
 from glue.serve.problems import Problem
 from glue.serve.rows import Row
 
@@ -17,10 +19,12 @@ class Batch:
     """Rows of one running member, padded on the left. Who is done leaves; nobody joins.
 
     A member that makes no cache, or one that rows cannot be taken out of, reads everything again for each token.
+
+    left  rows whose prompts there was no room for; another batch has to take them
     """
 
     def __init__(self, rows: Sequence[Row]):
-        self.rows = list(rows)
+        self.rows, self.left = list(rows), list[Row]()
         self._model: Any = rows[0].running.model
         self._takes = set(inspect.signature(self._model.forward).parameters)
         self._cache: Any = None
@@ -29,7 +33,7 @@ class Batch:
     @torch.no_grad()
     def step(self) -> None:
         """One more token for every row; the first time the prompts are read."""
-        logits = self._whole() if self._cache is None else self._next()
+        logits = self._fitting() if self._cache is None else self._next()
         values, tokens = logits[:, :self.rows[0].known].max(-1)
         for line, row, *likeliest in zip(logits, self.rows, values.tolist(), tokens.tolist(), strict=True):
             try:
@@ -47,9 +51,20 @@ class Batch:
         self.rows = [self.rows[k] for k in places]
         if self._cache is not None and places:
             chosen = torch.tensor(places, device=self._model.device)
-            self._cache.batch_select_indices(chosen)
+            self._cache.batch_select_indices(chosen.cpu())  # layers may lie on several devices
             assert self._mask is not None
             self._mask = self._mask[chosen]
+
+    def _fitting(self) -> Tensor:
+        """`_whole`, of half the rows where the prompts of all are too much for the memory, and again."""
+        while True:
+            fresh = len(self.rows) > 1 and not any(row.tokens for row in self.rows)
+            with suppress(torch.OutOfMemoryError) if fresh else nullcontext():
+                return self._whole()
+            emptied()
+            self.rows[0].running.room.halve()
+            middle = (len(self.rows) + 1) // 2
+            self.rows, self.left = self.rows[:middle], [*self.rows[middle:], *self.left]
 
     def _whole(self) -> Tensor:
         """Read all that the rows have, and judge the prompts that are to be judged. -> logits [b, v] of the last"""

@@ -161,7 +161,7 @@ class Engine:
             while job.waiting and not job.over:
                 row = job.waiting[0]
                 wide = max(widest, len(row.ids))
-                limit = JUDGED if row.judged else READ
+                limit = row.running.room.of(JUDGED if row.judged else READ)
                 other = rows and (row.running is not rows[0].running or row.judged != rows[0].judged)
                 if other or len(rows) == free or (rows and wide * (len(rows) + 1) > limit):
                     break
@@ -176,6 +176,9 @@ class Engine:
         rows = list(batch.rows)
         if rows:
             self._guarded([row.job for row in rows], batch.step)
+        if batch.left:
+            self._batches.append(Batch(batch.left))
+            rows, batch.left = [row for row in rows if not any(row is other for other in batch.left)], []
         for row in rows:
             if row.job.over:
                 continue

@@ -31,8 +31,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from glue.family import Count, Family, Positive
-from glue.kinds import Dtype
+from glue.family import Count, Family, Method, Positive, marks
+from glue.kinds import BatchSize, Dtype, Place
 from glue.member import CHANGES, IN_WEIGHTS, Element, Member
 
 if TYPE_CHECKING:
@@ -69,6 +69,12 @@ class Wide:
     """Marks a parameter for which a recipe, or the command line, may say a value for all lines."""
 
     word: str
+
+
+def wide(method: Method) -> dict[str, str]:
+    """Word that may be said for all lines -> what a step calls it."""
+    return {mark.word: name for name, info in method.parameters.items() for mark in marks(info)
+            if isinstance(mark, Wide)}
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,14 @@ class Configured:
 
 Device = Annotated[str, Wide("device")]  # cpu, cuda, cuda:1, mps; auto: an accelerator where there is one
 RunsIn = Annotated[Dtype, Wide("dtype")]
+RunsInFloats = Annotated[Literal["float32", "bfloat16", "float16"], Wide("dtype")]  # what is put together in memory
 AtOnce = Annotated[Count | Literal["auto"], Wide("batch_size")]
+
+
+def ran(dtype: str) -> dict[str, str]:
+    """What a score says of the numbers it was measured in; nothing of fp32, as those from before there was a choice."""
+    return {} if dtype == "float32" else {"dtype": dtype}
+
 
 if TYPE_CHECKING:  # what a step's function is given
     One = Member
@@ -170,6 +183,10 @@ class Job:
     workers: Workers
     shared: Path
     report: Callable[[int, int, str], None] = lambda done, total, note: None
+
+    def place(self, device: str, dtype: Dtype = "float32", batch_size: BatchSize = "auto") -> Place:
+        """Where members of this job run; what fits there is remembered in the zoo's folder."""
+        return Place(device, dtype, batch_size, self.shared)
 
 
 @dataclass(frozen=True)

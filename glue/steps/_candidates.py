@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from glue.family import Choice
-from glue.identity import UNCOUNTED_KEYS
+from glue.kinds import Dtype, Place
 from glue.member import Member, canonical
 from glue.steps import Measured
 from glue.steps.merge import source_of, sources_of
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 LAYER = re.compile(r"\.(\d+)\.")  # the first number in a tensor's name is its layer
 SEARCHES = 8  # that a worker remembers: those of several families go on side by side
 PARTS = 16  # of the items, as tokens, that it remembers of each
-NO_SHAPE = (*UNCOUNTED_KEYS, "dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Ground:
 
     key     of everything that results depend on, but for the candidate and the items
     layers  of each member
+    place   where candidates are merged and asked
     """
 
     key: str
@@ -49,16 +49,17 @@ class Ground:
     suite: Measured = field(compare=False)
     seed: int = field(compare=False)
     layers: int = field(compare=False)
+    place: Place = field(compare=False, default=Place())
 
     @staticmethod
     def of(members: list[Member], base: Member | None, merge: Choice, dtype: str | None, suite: Measured,
-           seed: int) -> Ground:
+           seed: int, place: Place = Place()) -> Ground:  # noqa: B008 - a value
         """Reads headers, and the items."""
         digests = suite.digests()
         told = [[member.name, member.path, member.digest] for member in (*members, *([base] if base else []))]
-        key = canonical([told, base is None, merge.spelled(), dtype, seed,
+        key = canonical([told, base is None, merge.spelled(), dtype, seed, place.device, place.dtype,
                          [[repr(task), digests[task.name]] for task in suite.suite.tasks]])
-        return Ground(key, tuple(members), base, merge, dtype, suite, seed, layers_of(members[0]))
+        return Ground(key, tuple(members), base, merge, dtype, suite, seed, layers_of(members[0]), place)
 
     @property
     def frame(self) -> Member:
@@ -74,7 +75,7 @@ class Ground:
         from glue.merge.variants import Variants
 
         return Variants(self.merge, sources_of(list(self.members)), source_of(self.base), seed=self.seed,
-                        out_dtype=self.dtype)
+                        out_dtype=self.dtype, device=self.place.device)
 
     def setting(self, candidate: Candidate) -> Callable[[str], Mapping[str, Any]]:
         """The merge method's parameters for each tensor, by its name; members without a weight there take no part."""
@@ -96,10 +97,9 @@ class Ground:
 def measure(ground: Ground, candidate: Candidate, items: np.ndarray | None = None) -> np.ndarray:
     """In a worker: results [k] of one candidate on some of the items, or on all of them."""
     from glue.evaluate.fast import score
-    from glue.kinds import load
 
     held = opened(ground)
-    running = held.assembled(candidate) if candidate.merged else load(ground.member(candidate.names[0]))
+    running = held.assembled(candidate) if candidate.merged else ground.place.load(ground.member(candidate.names[0]))
     results = score(running, held.prepared(running, items))
     return np.concatenate(list(results.values()))
 
@@ -114,13 +114,15 @@ class Opened:
 
     def assembled(self, candidate: Candidate) -> Running:
         """The candidate in this worker's one model of its architecture."""
+        from glue.kinds.frame import architecture
         from glue.merge.variants import marks
 
         ground = self.ground
         self._variants = self._variants or ground.variants()
         merge = self._variants.merge(ground.setting(candidate)).glanced()
         told = {name: (ground.key, mark) for name, mark in marks(merge).items()}
-        return _skeleton(_architecture(ground.frame)).filled(ground.frame, merge, told)
+        skeleton = _skeleton(architecture(ground.frame), ground.place.device, ground.place.dtype)
+        return ground.place.settle(skeleton.filled(ground.frame, merge, told))
 
     def prepared(self, running: Running, items: np.ndarray | None) -> Prepared:
         """Some of the items as tokens, those of one task after those of the other."""
@@ -153,19 +155,10 @@ def opened(ground: Ground) -> Opened:
 
 
 @lru_cache(maxsize=1)  # a model is large
-def _skeleton(architecture: str) -> Skeleton:
+def _skeleton(architecture: str, device: str, dtype: Dtype) -> Skeleton:
     from glue.kinds.model import Skeleton
 
-    return Skeleton()
-
-
-def _architecture(member: Member) -> str:
-    """What a member's configuration says, but for the type of its weights and where they came from."""
-    from glue.hub import locate
-    from glue.kinds.frame import config_json, framed
-
-    told = config_json(locate(framed(member).path), member.name)
-    return canonical({key: value for key, value in told.items() if key not in NO_SHAPE})
+    return Skeleton(device, dtype)
 
 
 def layer_of(tensor: str) -> int | None:

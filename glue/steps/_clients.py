@@ -55,6 +55,7 @@ class Errand:
     parent   folder of the state that it begins with; None in the first round
     options  of training: steps, learning_rate, batch_size, weight_decay, prompt_weight
     privacy  clip, noise and delta of what leaves the client; None sends what was learnt as it is
+    device   where it trains
     """
 
     client: Client
@@ -68,6 +69,7 @@ class Errand:
     start: Start
     options: Mapping[str, Any] = field(default_factory=dict)
     privacy: Mapping[str, float] | None = None
+    device: str = "cpu"
 
     def as_data(self) -> dict[str, Any]:
         """As plain data, for a client on another machine; the state travels beside it."""
@@ -95,11 +97,12 @@ class Asking:
     start: Start
     options: Mapping[str, Any]
     privacy: Mapping[str, float] | None = None
+    device: str = "cpu"
 
     def errand(self, round: int, client: str, parent: State) -> Errand:
         """What a client is asked in a round."""
         return Errand(self.clients[client], round, self.base, parent.folder, parent.digest, self.seed, self.kind,
-                      self.targets, self.start, self.options, self.privacy)
+                      self.targets, self.start, self.options, self.privacy, self.device)
 
 
 def asked_here(workers: Workers, spool: Spool, asking: Asking) -> Ask:
@@ -144,6 +147,7 @@ def train(errand: Errand, out: Path, report=None, secret: bool = False) -> None:
     secret  whether noise is drawn from this machine alone; else from the seed, which the server knows
     """
     from glue.federate.update import Update
+    from glue.kinds.device import device_of
     from glue.tune.finetune import finetune
 
     client, draft = errand.client, out.parent.parent / TRAINING / out.name
@@ -161,7 +165,7 @@ def train(errand: Errand, out: Path, report=None, secret: bool = False) -> None:
     elif errand.parent:
         base = errand.parent
     finetune(draft, base=base, below=below, data=client.data, lora=lora, seed=seed, report=told(report),
-             **errand.options)
+             device=device_of(errand.device), **errand.options)
     if errand.privacy:
         from glue.federate.privacy import Privacy, privatise
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from glue.errors import MethodError, did_you_mean
+from glue.kinds import Place
 from glue.member import Member, with_article
 
 if TYPE_CHECKING:
@@ -70,17 +71,18 @@ class Device:
 
     distance  seconds that every call takes longer
     traffic   counts what goes over the network, where the large member is an endpoint
+    place     where whatever is loaded here runs
     """
 
     def __init__(self, proxy: Member, large: Member, way: Way, *, distance: float = 0.0, traffic: Traffic | None = None,
-                 device: str = "cpu", pair: tuple[Local, Local] | None = None):
+                 place: Place = Place(), pair: tuple[Local, Local] | None = None):  # noqa: B008 - a value
         from glue.hub import locate
         from glue.kinds.pair import pair_sources
         from glue.kinds.proxy import Pair
 
         self.alpha = Pair.read(locate(proxy.path), proxy.name).alpha
-        self.tuned, self.small = pair or pair_sources(proxy, device=device)
-        self.large = _source(large, way, distance, traffic, device)
+        self.tuned, self.small = pair or pair_sources(proxy, device=place.device, dtype=place.dtype)
+        self.large = _source(large, way, distance, traffic, place)
         self.tokenizer, self.way = self.tuned.running.tokenizer, way
         self.ends, self.distance = _ends(self.tuned.running), distance
 
@@ -105,22 +107,21 @@ class Device:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def drafting(proxy: Member, way: Way, *, device: str = "cpu") -> Device:
+def drafting(proxy: Member, way: Way, place: Place) -> Device:
     """The device of a proxy, wherever its large member is. Raises MethodError for other members."""
     if proxy.kind != "proxy" or proxy.base is None:
         raise MethodError(f"'{proxy.name}' is {with_article(proxy.kind)}: it has no small model that could draft",
                           fix="name a proxy, or leave --draft out")
-    return Device(proxy, proxy.base, way, device=device)
+    return Device(proxy, proxy.base, way, place=place)
 
 
-def _source(large: Member, way: Way, distance: float, traffic: Traffic | None, device: str) -> Source:
-    from glue.kinds import load
+def _source(large: Member, way: Way, distance: float, traffic: Traffic | None, place: Place) -> Source:
     from glue.kinds.endpoint import asked
     from glue.kinds.local_source import Local
 
     if large.kind == "endpoint":
         return asked(large, bits=way.bits, distance=distance, traffic=traffic)
-    return Local(load(large, device=device))
+    return Local(place.load(large))
 
 
 def _ends(running: Any) -> set[int]:
@@ -130,13 +131,13 @@ def _ends(running: Any) -> set[int]:
 
 
 @contextmanager
-def served(member: Member) -> Iterator[str]:
+def served(member: Member, place: Place) -> Iterator[str]:
     """A member behind `/v1/score` in a process of its own on this machine; where it listens."""
     from multiprocessing import get_context
 
     context = get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(member, there), daemon=True)
+    process = context.Process(target=_serve, args=(member, there, place), daemon=True)
     process.start()
     there.close()
     try:
@@ -153,13 +154,12 @@ def served(member: Member) -> Iterator[str]:
             process.join()
 
 
-def _serve(member: Member, ready: Any) -> None:
+def _serve(member: Member, ready: Any, place: Place) -> None:
     """In the server's process."""
     import torch
 
-    from glue.kinds import load
     from glue.serve.served import Limits, Served
     from glue.serve.server import listen, run
 
     torch.set_num_threads(1)
-    run(Served(load(member), Limits(grace=1.0)), listen("127.0.0.1", 0), None, ready.send)
+    run(Served(place.load(member), Limits(grace=1.0)), listen("127.0.0.1", 0), None, ready.send)

@@ -37,6 +37,7 @@ from glue.federate.rounds import State
 from glue.federate.spool import Spool
 from glue.files import write_aside
 from glue.identity import identify
+from glue.kinds.device import usable
 from glue.steps._clients import Asking, Errand, train
 from glue.tune.items import read_pairs
 from glue.workers import Report, quieten
@@ -84,6 +85,8 @@ def fit(told: str, parent: Path | None, place: Path, node: Mapping[str, Any]) ->
     if own := node.get("data"):
         count = len(read_pairs(Path(own)))
         errand = replace(errand, client=replace(errand.client, data=((Path(own), 1.0),), examples=count))
+    if own := node.get("device"):
+        errand = replace(errand, device=str(own))
     out = place / "out" / f"{errand.round}-{errand.client.name}"
     train(errand, out, secret="data" in node)  # a client with data of its own keeps its noise to itself
     return out
@@ -248,13 +251,16 @@ def serve(host: str = "127.0.0.1", port: int = 9190, *, certificate: Path | None
 
 
 def join(superlink: str, client: int, of: int, *, data: Path | None = None, base: Path | None = None,
-         root_certificate: Path | None = None, private_key: Path | None = None, port: int = 0) -> int:
+         root_certificate: Path | None = None, private_key: Path | None = None, port: int = 0,
+         device: str = "cpu") -> int:
     """Run a SuperNode, which is client number `client`, until it is interrupted. Returns its exit code.
 
     data, base  folders of this machine, in place of those that the server names
     port        for its own processes; 0 is any that is free
+    device      where it trains, whatever the recipe says
     """
-    config = [f"partition-id={client}", f"num-partitions={of}"]
+    usable(device)
+    config = [f"partition-id={client}", f"num-partitions={of}", f'device="{device}"']
     config += [f'{word}="{folder.resolve()}"' for word, folder in (("data", data), ("base", base)) if folder]
     words = ["--superlink", superlink, "--port", str(port or free_port()), "--node-config", " ".join(config)]
     words += ["--root-certificates", str(root_certificate)] if root_certificate else ["--insecure"]

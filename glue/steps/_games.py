@@ -19,7 +19,7 @@ import numpy as np
 
 from glue.family import Choice, is_per_member
 from glue.files import append_line, whole_lines
-from glue.kinds import Running, load
+from glue.kinds import Place, Running
 from glue.member import Member, canonical
 from glue.steps import Measured
 from glue.steps._candidates import Ground, opened
@@ -86,7 +86,7 @@ class Merged:
         """See Game."""
         candidate, held = self.candidate(subset), opened(self.ground)
         assert self.ground.base is not None
-        running = held.assembled(candidate) if candidate else load(self.ground.base)
+        running = held.assembled(candidate) if candidate else self.ground.place.load(self.ground.base)
         if by == "loss":
             return _asked(running, self.suite, by)
         from glue.evaluate.fast import score
@@ -96,12 +96,13 @@ class Merged:
 
 @dataclass(frozen=True)
 class Folded:
-    """Clients whose updates a server combines; nobody is the state that they began with."""
+    """Clients whose updates a server combines; nobody is the state that they began with. They are asked at `place`."""
 
     server: Server
     updates: tuple[Update, ...]
     parent: State
     suite: Measured
+    place: Place = Place()
 
     @property
     def players(self) -> tuple[str, ...]:
@@ -111,10 +112,10 @@ class Folded:
     def results(self, subset: Subset, by: By) -> np.ndarray:
         """See Game."""
         if not subset:
-            return _asked(load(self.server.member(self.parent)), self.suite, by)
+            return _asked(self.place.load(self.server.member(self.parent)), self.suite, by)
         with TemporaryDirectory(dir=self.server.reports.parent, prefix=".fold-") as place:
             some = [self.updates[k] for k in sorted(subset)]
-            return _asked(load(self.server.fold(some, self.parent, Path(place))), self.suite, by)
+            return _asked(self.place.load(self.server.fold(some, self.parent, Path(place))), self.suite, by)
 
 
 def _asked(running: Running, suite: Measured, by: By) -> np.ndarray:
@@ -125,25 +126,27 @@ def _asked(running: Running, suite: Measured, by: By) -> np.ndarray:
     return -np.concatenate(list(losses(running, suite.suite.tasks, suite.items()).values()))
 
 
-def game_of_members(members: Sequence[Member], base: Member, merge: Choice, suite: Measured, seed: int) -> Merged:
+def game_of_members(members: Sequence[Member], base: Member, merge: Choice, suite: Measured, seed: int,
+                    place: Place = Place()) -> Merged:  # noqa: B008 - a value
     """Members that are merged over a base with the weights that the merge method is given."""
     from glue.merge.parameters import by_member
 
     row = by_member(merge, [member.name for member in members])["weight"]
-    return Merged(Ground.of(list(members), base, merge, None, suite, seed), tuple(row))
+    return Merged(Ground.of(list(members), base, merge, None, suite, seed, place), tuple(row))
 
 
-def game_of_updates(server: Server, updates: Sequence[Update], parent: State, suite: Measured) -> Game:
+def game_of_updates(server: Server, updates: Sequence[Update], parent: State, suite: Measured,
+                    place: Place = Place()) -> Game:  # noqa: B008 - a value
     """Clients whose updates are combined as their federation does it, weighted by their examples."""
     from glue.merge.parameters import by_member
 
     if server.factors or not takes_weights(server.choice):
-        return Folded(server, tuple(updates), parent, suite)
+        return Folded(server, tuple(updates), parent, suite, place)
     below = server.member(parent)
     members = [Member(update.client, server.sent, str(update.folder), base=below, digest=str(update.folder))
                for update in updates]
     row = by_member(server.choice, [member.name for member in members])["weight"]
-    return Merged(Ground.of(members, below, server.choice, None, suite, server.seed), tuple(row),
+    return Merged(Ground.of(members, below, server.choice, None, suite, server.seed, place), tuple(row),
                   tuple(update.examples for update in updates))
 
 
@@ -275,7 +278,7 @@ def shares_by_worth(server: Server, round: int, updates: Sequence[Update], paren
     An update that is worth nothing, or less, is left out; where all are, they count by their examples.
     """
     assert server.suite is not None
-    game = game_of_updates(server, updates, parent, server.suite)
+    game = game_of_updates(server, updates, parent, server.suite, server.place)
     answers = Answers(server.reports.parent / f"worth-{round}.journal", game.players)
     found = worth(game, "score", server.workers, answers, most=SUBSETS, seed=server.seed)
     shares = {client: max(0.0, value) for client, value in zip(found.players, found.valued.mean.tolist(), strict=True)}

@@ -16,6 +16,7 @@ import numpy as np
 from glue.errors import GlueError
 from glue.family import Choice
 from glue.files import write_aside
+from glue.kinds import Place
 from glue.member import Member
 from glue.refine.pool import Pool
 from glue.steps import Measured
@@ -103,14 +104,14 @@ def write_chosen(out: Path, pool: Path, data: Path, select: Choice, keep: float,
     return len(rows), len(lines)
 
 
-def placed(folder: Path, embed: Embed, surprise: float, clusters: int, base: Member | None, seed: int) -> None:
+def placed(folder: Path, embed: Embed, surprise: float, clusters: int, base: Member | None, seed: int,
+           place: Place = Place()) -> None:  # noqa: B008 - a value
     """Place the examples of a folder, cluster them, note how surprised a base is by each; examples.jsonl is last."""
-    from glue.kinds import load
     from glue.refine.clusters import clustered
     from glue.refine.embed import by_member, by_sentences, by_words
 
     pairs = pairs_of(lines_of(folder / TRAIN))
-    texts, running = [f"{question} {answer}" for question, answer in pairs], load(base) if base else None
+    texts, running = [f"{question} {answer}" for question, answer in pairs], place.load(base) if base else None
     if embed == "hidden":
         assert running is not None, "checked when planned"
         places = by_member(running, texts)
@@ -143,6 +144,7 @@ class Ground:
     owner    cluster of each of them
     options  of a fit: epochs, learning_rate, batch_size, prompt_weight, lora
     by       loss: less than that of nobody counts, in bits a byte; score: of the suite
+    place    where fits are made and asked
     """
 
     key: str
@@ -153,17 +155,17 @@ class Ground:
     suite: Measured = field(compare=False)
     by: By = field(compare=False)
     seed: int = field(compare=False)
+    place: Place = field(compare=False, default=Place())
 
 
 class Opened:
     """What a worker keeps of a valuation: the base, the examples and the dev items, ready."""
 
     def __init__(self, ground: Ground):
-        from glue.kinds import load
         from glue.tune.items import read_items
         from glue.tune.refit import Start
 
-        base = load(ground.base)
+        base = ground.place.load(ground.base)
         self.ground, self.asked = ground, ground.suite.items()
         limit = base.model.config.max_position_embeddings
         self.items: Sequence[Item] = read_items(ground.folder, base.tokenizer, limit)

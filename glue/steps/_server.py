@@ -25,6 +25,7 @@ from glue.federate.spool import Spool
 from glue.federate.update import Refused, Update, check
 from glue.files import write_aside
 from glue.hub import locate
+from glue.kinds import Place
 from glue.member import Member, canonical
 from glue.steps import Measured
 from glue.steps._clients import ADAPTER, Asking, Client
@@ -64,6 +65,7 @@ class Server:
     seed: int
     counts: bool = False
     weight: Literal["examples", "shapley"] = "examples"
+    place: Place = Place()
 
     def __getstate__(self) -> dict[str, Any]:  # a server elsewhere works in its own process
         return {**self.__dict__, "workers": self.workers.threads}
@@ -232,7 +234,7 @@ class Server:
             for scale in self.scales:
                 made(scale, place := out / f".scale-{scale:g}")
                 member = Member(f"scale {scale:g}", kind, str(place), base=self.base, digest=f"{place}")
-                worth[scale] = self.workers.call("glue.steps._server:measured", member, self.suite)
+                worth[scale] = self.workers.call("glue.steps._server:measured", member, self.suite, self.place)
         best = min(self.scales, key=lambda scale: (-worth.get(scale, 0.0), abs(scale - 1), scale))
         made(best, out)
         for place in (drop, *out.glob(".scale-*")):
@@ -261,11 +263,9 @@ class Federation:
         return State(self.spool.state(self.terms.rounds), last["digest"])
 
 
-def measured(member: Member, suite: Measured) -> float:
+def measured(member: Member, suite: Measured, place: Place) -> float:
     """In a worker: the macro mean of a member over the tasks of a suite."""
-    from glue.kinds import load
-
-    return float(np.mean([results.mean() for results in suite.ask(load(member)).values()]))
+    return float(np.mean([results.mean() for results in suite.ask(place.load(member)).values()]))
 
 
 def _adapters_of(updates: Sequence[Update]) -> list[Any]:

@@ -14,8 +14,9 @@ from glue.errors import GlueError, RecipeError, one_line
 from glue.family import Count, Field, NonNegative, Positive, Share
 from glue.files import write_aside
 from glue.hub import locate
+from glue.kinds import Place
 from glue.member import Member
-from glue.steps import Job, Made, Shares, Tunable, steps
+from glue.steps import Device, Job, Made, Shares, Tunable, steps
 from glue.steps._clients import check_partition, dealt, names_of, seed_of
 from glue.steps.federate import LEDGER, ROUNDS, SPOOL, feasible
 from glue.steps.kseed import asked_here
@@ -43,6 +44,7 @@ class Errand:
     tokens: int
     batch_size: int
     prompt_weight: float
+    place: Place
 
 
 def fitting(base: Member, tokens: int, dim: int, **given: Any) -> None:
@@ -60,13 +62,13 @@ def fitting(base: Member, tokens: int, dim: int, **given: Any) -> None:
                           fix="lower dim, or raise tokens")
 
 
-@steps.add("bpt", makes="prompt", holds="runs", resumes=True,
+@steps.add("bpt", makes="prompt", holds="runs", resumes=True, unkeyed=("device",),
            words=lambda partition, **_: check_partition(partition), check=fitting, source="arXiv:2310.01467")
 def bpt(job: Job, *, base: Tunable, data: Shares, clients: Count | list[str] = 4,
         partition: Literal["iid", "by_dataset"] | dict[str, Any] = "iid", rounds: Count, generations: Count = 1,
         popsize: Annotated[int, Field(ge=4)] = 20, dim: Count = 64, tokens: Count = 8, sigma: Positive = 1.0,
         batch_size: Count = 32, prompt_weight: NonNegative = 0.05, per_round: Count | None = None,
-        quorum: Share = 1.0, bound: Annotated[float, Field(ge=1)] = 10.0) -> Made:
+        quorum: Share = 1.0, bound: Annotated[float, Field(ge=1)] = 10.0, device: Device = "cpu") -> Made:
     """A soft prompt that clients search together without gradients, by CMA-ES in a small space of prompts.
 
     clients, partition  as in step federate
@@ -77,6 +79,7 @@ def bpt(job: Job, *, base: Tunable, data: Shares, clients: Count | list[str] = 4
                  are what a client does in a round
     per_round    how many clients are asked in a round        quorum  share of them without which a round fails
     bound        how many times farther than is usual a client's points may lie
+    device       where clients calculate
     """
     from glue.federate.bpt import Agreed, run
     from glue.federate.ledger import SUMS, ledger
@@ -86,9 +89,10 @@ def bpt(job: Job, *, base: Tunable, data: Shares, clients: Count | list[str] = 4
 
     if not (job.folder / CONFIG).exists():
         spool, names = Spool(job.folder / SPOOL), names_of(clients, data, partition)
+        place = job.place(device)
         shares = dealt(spool.folder / "data", names, data, partition, job.seed)
         agreed = Agreed(job.seed, dim, popsize, generations, sigma, bound)
-        errands = {name: Errand(name, k, shares[name][1], base, agreed, tokens, batch_size, prompt_weight)
+        errands = {name: Errand(name, k, shares[name][1], base, agreed, tokens, batch_size, prompt_weight, place)
                    for k, name in enumerate(names)}
         belief = run({name: count for name, (count, _) in shares.items()},
                      Terms(rounds, quorum, per_round=per_round, seed=job.seed), agreed, spool,
@@ -111,12 +115,11 @@ def story(spool: Spool) -> list[dict[str, Any]]:
 def answer(errand: Errand, message: bytes, report=None) -> bytes | str:
     """In a worker, or on a client's own machine: try points, and tell them with their losses; or tell the error."""
     from glue.federate.bpt import heard_state, searched
-    from glue.kinds import load
     from glue.tune.soft import guesses
 
     agreed, (round, _) = errand.agreed, heard_state(message)
     try:
-        running = load(errand.base)
+        running = errand.place.load(errand.base)
         space = space_of(running, agreed, errand.tokens)
         batches = guesses(running, errand.tokens, data=errand.data, batch_size=errand.batch_size,
                           prompt_weight=errand.prompt_weight, seed=seed_of(agreed.seed, errand.number, round))

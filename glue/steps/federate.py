@@ -12,7 +12,7 @@ from glue.family import Choice, Count, NonNegative, Of, Positive, Share
 from glue.files import write_aside
 from glue.member import Member
 from glue.recipe import NAME, NAME_RULE
-from glue.steps import Job, Made, OnDev, Shares, Tunable, steps
+from glue.steps import Device, Job, Made, OnDev, Shares, Tunable, steps
 from glue.steps._clients import Asking, Client, Partition, Start, asked_here, check_partition, dealt, names_of
 from glue.workers_ray import RayWorkers
 
@@ -93,7 +93,7 @@ def feasible(base: Member, data: dict[Member, float], partition: Partition, clie
 
 
 @steps.add("federate", makes=lambda combine, kind, **_: _kind(combine, kind), writes="one", holds="trains",
-           resumes=True, words=federable, check=feasible, source="arXiv:2409.05976")
+           resumes=True, words=federable, check=feasible, unkeyed=("device",), source="arXiv:2409.05976")
 def federate(job: Job, *, base: Tunable, data: Shares, clients: Count | list[str] = 4,
              partition: Literal["iid", "by_dataset"] | dict[str, Any] = "iid", rounds: Count = 1,
              kind: Literal["lora", "full"] = "lora", steps: Count, learning_rate: Positive, batch_size: Count = 64,
@@ -103,7 +103,7 @@ def federate(job: Job, *, base: Tunable, data: Shares, clients: Count | list[str
              weight: Weight = "examples", suite: OnDev | None = None, quorum: Share = 1.0,
              deadline: Positive | None = None, patience: NonNegative = 0.0, per_round: Count | None = None,
              norm_bound: Positive = 2.0, privacy: dict[str, NonNegative] | None = None, register_clients: bool = False,
-             runtime: Runtime = "here") -> Made:
+             runtime: Runtime = "here", device: Device = "cpu") -> Made:
     """An adapter, or a model, out of what clients learn: each round they train, and what they learnt is combined.
 
     clients       how many, or their names
@@ -126,6 +126,7 @@ def federate(job: Job, *, base: Tunable, data: Shares, clients: Count | list[str
     register_clients  keep what clients sent, for the steps clients and refold
     runtime       here: in this run's workers; ray: in Flower's simulation; superlink: at clients of their own, by way
                   of the SuperLink at $GLUE_SUPERLINK (see  glue federate). The result is the same to the bit
+    device        where clients train and states are asked; clients of a SuperLink say their own
     """
     from glue.federate.rounds import Terms
     from glue.federate.spool import Spool
@@ -140,10 +141,10 @@ def federate(job: Job, *, base: Tunable, data: Shares, clients: Count | list[str
                 for k, name in enumerate(names)}
         asking = Asking(base, told, job.seed, kind, tuple(targets), start, {
             "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "weight_decay": weight_decay,
-            "prompt_weight": prompt_weight}, privacy)
+            "prompt_weight": prompt_weight}, privacy, device)
         scales = tuple(server_scale) if isinstance(server_scale, list) else (server_scale,)
         server = Server(base, kind, told, targets, combine, scales, suite, norm_bound, spool / REPORTS, job.workers,
-                        job.seed, counts=runtime == "superlink", weight=weight)
+                        job.seed, counts=runtime == "superlink", weight=weight, place=job.place(device))
         terms = Terms(rounds, quorum, deadline, per_round, patience, job.seed)
         federation = Federation(Spool(spool), asking, terms, server)
         _leave(job, _run(job, federation, runtime), federation, keep=register_clients)

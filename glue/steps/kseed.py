@@ -16,7 +16,7 @@ from glue.errors import GlueError, RecipeError, one_line
 from glue.family import Count, NonNegative, Positive, Share
 from glue.files import write_aside
 from glue.member import Member
-from glue.steps import Job, Made, Shares, Tunable, steps
+from glue.steps import Device, Job, Made, Shares, Tunable, steps
 from glue.steps._clients import Partition, check_partition, dealt, names_of, seed_of
 from glue.steps._training import told
 from glue.steps.federate import LEDGER, feasible
@@ -38,6 +38,7 @@ class Errand:
 
     data     dataset folders, and how much of the training is theirs
     privacy  clip, noise and delta; None sends slopes as they are
+    device   where it calculates
     """
 
     client: str
@@ -50,6 +51,7 @@ class Errand:
     batch_size: int
     prompt_weight: float
     privacy: Mapping[str, float] | None
+    device: str = "cpu"
 
 
 def sensible(partition: Partition, privacy: dict[str, float] | None, **_: Any) -> None:
@@ -64,13 +66,13 @@ def sensible(partition: Partition, privacy: dict[str, float] | None, **_: Any) -
 
 
 @steps.add("kseed", makes="seed_history", holds="runs", resumes=True, words=sensible,
-           check=lambda **given: feasible(**{"rank": 0, **given}), source="arXiv:2312.06353")
+           check=lambda **given: feasible(**{"rank": 0, **given}), unkeyed=("device",), source="arXiv:2312.06353")
 def kseed(job: Job, *, base: Tunable, data: Shares, clients: Count | list[str] = 4,
           partition: Literal["iid", "by_dataset"] | dict[str, Any] = "iid", rounds: Count = 1, steps: Count,
           learning_rate: Positive, seeds: Count = 4096, epsilon: Positive = 5e-4, batch_size: Count = 16,
           prompt_weight: NonNegative = 0.05, targets: list[str] = [], pro: bool = False,  # noqa: B006
           per_round: Count | None = None, quorum: Share = 1.0, bound: Positive = 1e4,
-          privacy: dict[str, NonNegative] | None = None) -> Made:
+          privacy: dict[str, NonNegative] | None = None, device: Device = "cpu") -> Made:
     """The history of a model that clients tune together without gradients: K numbers, which replay to its weights.
 
     clients, partition  as in step federate
@@ -82,6 +84,7 @@ def kseed(job: Job, *, base: Tunable, data: Shares, clients: Count | list[str] =
     per_round  how many clients are asked in a round        quorum  share of them without which a round fails
     bound      the steepest slope that is taken from a client
     privacy    {clip, noise, delta}: slopes are clipped and noised before they leave a client
+    device     where clients calculate
     """
     from glue.federate.kseed import Agreed, run
     from glue.federate.rounds import Terms
@@ -96,7 +99,7 @@ def kseed(job: Job, *, base: Tunable, data: Shares, clients: Count | list[str] =
                 "batch_size": batch_size, "pro": pro, "privacy": privacy}
         history = History(base.digest, job.seed, learning_rate, np.zeros(seeds, np.float32), tuple(targets), told)
         errands = {name: Errand(name, k, shares[name][1], base, agreed, history, epsilon, batch_size, prompt_weight,
-                                privacy) for k, name in enumerate(names)}
+                                privacy, device) for k, name in enumerate(names)}
         examples = {name: count for name, (count, _) in shares.items()}
         gone = run(examples, Terms(rounds, quorum, per_round=per_round, seed=job.seed), agreed, spool,
                    ask=asked_here(job.workers, errands), report=job.report)
@@ -141,6 +144,7 @@ def answer(errand: Errand, message: bytes, report=None) -> bytes | str:
     """In a worker, or on a client's own machine: replay, walk on, and tell the slopes; or tell the error."""
     from glue.federate.kseed import heard_state, told_reply
     from glue.federate.privacy import Privacy
+    from glue.kinds.device import device_of
     from glue.tune.zeroth import taught
 
     round, accumulators, places = heard_state(message, errand.agreed, errand.client)
@@ -151,7 +155,8 @@ def answer(errand: Errand, message: bytes, report=None) -> bytes | str:
     try:
         slopes = taught(errand.base, replace(errand.history, accumulators=accumulators), data=errand.data,
                         places=places, epsilon=errand.epsilon, batch_size=errand.batch_size,
-                        prompt_weight=errand.prompt_weight, seed=seed, report=told(report), tempered=tempered)
+                        prompt_weight=errand.prompt_weight, seed=seed, report=told(report), tempered=tempered,
+                        device=device_of(errand.device))
     except GlueError as error:
         return error.what
     except Exception as error:  # whatever it is, the round may go on without this client

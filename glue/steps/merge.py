@@ -10,7 +10,7 @@ from glue.errors import MethodError
 from glue.family import Choice, Of
 from glue.hub import locate
 from glue.member import Member
-from glue.steps import Job, Made, Many, One, steps
+from glue.steps import Device, Job, Made, Many, One, steps
 
 if TYPE_CHECKING:
     from glue.merge.adapters import Update
@@ -37,15 +37,17 @@ def compatible(members: list[Member], method: Choice, base: Member | None = None
     check(method, sources_of(members), source_of(base))
 
 
-@steps.add("merge", makes=kind_of, lone=True, writes="one", holds="pieces", resumes=True, check=compatible)
+@steps.add("merge", makes=kind_of, lone=True, writes="one", holds="pieces", resumes=True, check=compatible,
+           unkeyed=("device",))
 def merge(job: Job, *, members: Many, method: Annotated[Any, Of("merging")], base: One | None = None,
-          dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> Made:
+          dtype: Literal["float32", "bfloat16", "float16"] | None = None, device: Device = "cpu") -> Made:
     """One model out of several, by any merge method; `base` is what deltas are taken from.
 
     Methods that work on factors (flora, fedit, ...) take adapters of one base, and make one adapter of that base.
 
     dtype  of the result; unless given that of the base, or without a base the smallest that holds every member's;
            of the factors of an adapter float32
+    device  where models are merged; adapters always on the processor
     """
     names = ", ".join(member.short for member in members)
     if kind_of(method) == "adapter":
@@ -53,7 +55,7 @@ def merge(job: Job, *, members: Many, method: Annotated[Any, Of("merging")], bas
         job.workers.call("glue.steps.merge:combined", job.folder, members, method, under, dtype or "float32",
                          report=job.report)
         return Made("adapter", base=under, note=f"{method.method.name} of {names}{cut(job.folder)}")
-    merge_into(job, members, base, method, dtype)
+    merge_into(job, members, base, method, dtype, device)
     return Made("model", base=base or members[0], note=f"{method.method.name} of {names}")
 
 
@@ -122,11 +124,12 @@ def cut_to(told: dict[str, Any]) -> str:
     return f"rank {min(ranks)}" + (f" to {max(ranks)}" if min(ranks) < max(ranks) else "")
 
 
-def merge_into(job: Job, members: list[Member], base: Member | None, method: Choice, dtype: str | None) -> None:
+def merge_into(job: Job, members: list[Member], base: Member | None, method: Choice, dtype: str | None,
+               device: str = "cpu") -> None:
     """Stream a merge into the job's folder, by all workers, and put configuration and tokenizer beside it."""
     from glue.merge.engine import prepared
 
-    made = prepared(method, sources_of(members), source_of(base), seed=job.seed, out_dtype=dtype)
+    made = prepared(method, sources_of(members), source_of(base), seed=job.seed, out_dtype=dtype, device=device)
     spread(made, job.folder, job.workers, report=lambda done, total: job.report(done, total, ""))
     job.workers.call("glue.kinds.frame:copy_frame", base or members[0], job.folder)
 

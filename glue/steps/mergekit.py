@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from glue.kinds import weights
 from glue.member import Member
-from glue.steps import Configured, Job, Made, OnConfig, steps
+from glue.steps import Configured, Device, Job, Made, OnConfig, steps
 from glue.steps.merge import spread
 
 if TYPE_CHECKING:
@@ -14,22 +14,23 @@ if TYPE_CHECKING:
     from glue.merge.mergekit.targets import Model, Planned
 
 
-def mergeable(config: Configured) -> None:
+def mergeable(config: Configured, **_: Any) -> None:
     """Layers, shapes, names and settings, from headers alone."""
     planned_of(config)
 
 
-@steps.add("mergekit", makes="model", writes="one", resumes=True, check=mergeable)
-def mergekit(job: Job, *, config: OnConfig) -> Made:
+@steps.add("mergekit", makes="model", writes="one", resumes=True, check=mergeable, unkeyed=("device",))
+def mergekit(job: Job, *, config: OnConfig, device: Device = "cpu") -> Made:
     """One model out of several, as a mergekit YAML beside the recipe says; its models are members of the zoo.
 
     config  a path ending in .yaml or .yml
+    device  where it is merged
     """
     from glue.merge.mergekit.targets import merge_of
 
     plan = planned_of(config)
     donor = config.models[plan.donor]
-    spread(merge_of(plan, seed=job.seed), job.folder, job.workers,
+    spread(merge_of(plan, seed=job.seed, device=device), job.folder, job.workers,
            report=lambda done, total: job.report(done, total, ""))
     job.workers.call("glue.steps.mergekit:furnished", job.folder, config, donor, plan.config, job.name, job.seed)
     base = config.config.base_model

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from glue.errors import MethodError
 from glue.family import Choice, Field, Natural, Of, Positive
+from glue.kinds import Place
 from glue.member import Member
-from glue.steps import Job, Made, Many, Measured, OnDev, One, steps
+from glue.steps import AtOnce, Device, Job, Made, Many, Measured, OnDev, One, RunsIn, steps
 
 if TYPE_CHECKING:
     from glue.checkpoint import Weights
@@ -73,10 +74,11 @@ def joinable(members: list[Member], level: Level = "model", routing: Unit | None
 
 
 @steps.add("mix", makes="mixture", named=True, writes="all", holds="runs", words=sensible, check=joinable,
-           source="arXiv:2410.05357", version=2)
+           unkeyed=("device", "batch_size"), later=("dtype",), source="arXiv:2410.05357", version=2)
 def mix(job: Job, *, members: Many, router: Annotated[Any, Of("routing")], suite: OnDev, level: Level = "model",
         base: One | None = None, dense_layers: Natural = 0, routing: Unit | None = None, reader_layer: int = -1,
-        compress: Compress | None = None) -> Made:
+        compress: Compress | None = None, device: Device = "cpu", dtype: RunsIn = "float32",
+        batch_size: AtOnce = "auto") -> Made:
     """One model that answers with the experts that its router picks.
 
     level   model: whole models, each with its own embeddings and head; one decision for a prompt. block: decoder
@@ -90,10 +92,13 @@ def mix(job: Job, *, members: Many, router: Annotated[Any, Of("routing")], suite
     reader_layer  at level model: after which of its layers the first expert tells the router of a prompt; -1 the last
     compress      at level model: {svd: {rank: r}} or {svd: {energy: share}} stores each matrix of an expert as the
                   base's and two factors of that rank, or of the rank that holds that share of the squared change
+    device, dtype, batch_size  where experts are asked and states are read, what experts calculate in, and how many
+                  questions they read at once. States that are read layer by layer are in fp32
     """
     told = (level, unit_of(level, routing), dense_layers, reader_layer, compress)
-    results = job.workers.map("glue.steps.mix:results", [(member, suite) for member in members])
-    job.workers.call("glue.steps.mix:work", job.folder, members, base, router, suite, results, told, job.seed)
+    place = job.place(device, dtype, batch_size)
+    results = job.workers.map("glue.steps.mix:results", [(member, suite, place) for member in members])
+    job.workers.call("glue.steps.mix:work", job.folder, members, base, router, suite, results, told, job.seed, place)
     names = ", ".join(member.short for member in members)
     where = "" if level == "model" else f" at level {level}"
     return Made("mixture", seen=frozenset(suite.digests().values()),
@@ -118,15 +123,14 @@ def refuse(experts: list[Member], level: Level, routing: Unit | None, dense: int
     import_module(f"glue.mix.levels.{level}").refuse(experts, dense, **more.get(level, {}))
 
 
-def results(member: Member, suite: Measured) -> dict[str, Any]:
+def results(member: Member, suite: Measured, place: Place) -> dict[str, Any]:
     """In a worker: per-item results of one expert by task."""
-    from glue.kinds import load
-
-    return suite.ask(load(member))
+    return suite.ask(place.load(member))
 
 
 def work(folder: Path, members: list[Member], base: Member | None, router: Choice, suite: Measured,
-         found: list[dict[str, Any]], told: tuple[Level, Unit, int, int, Compress | None], seed: int) -> None:
+         found: list[dict[str, Any]], told: tuple[Level, Unit, int, int, Compress | None], seed: int,
+         place: Place) -> None:
     """In a worker: make the gates, each at its place, and write the mixture."""
     from importlib import import_module
 
@@ -143,7 +147,7 @@ def work(folder: Path, members: list[Member], base: Member | None, router: Choic
     prompts = [item.question for some in items.values() for item in some]
     common = shares(level, dense, compress)
     parts = Parts(tuple(members), shared(members, base) if common else None,
-                  base if base is not None and (level != "model" or dense) else members[0], dense)
+                  base if base is not None and (level != "model" or dense) else members[0], dense, place)
     at = import_module(f"glue.mix.levels.{level}")
     more: dict[str, Any] = {"routing": unit} if level == "ffn" else {"layer": layer} if level == "model" else {}
     stored = {"kept": kept_of(compress)} if level == "model" else {}

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from glue.errors import MethodError, RecipeError
 from glue.family import Field, NonNegative
 from glue.files import write_aside
+from glue.kinds import Place
 from glue.member import Member
-from glue.steps import Job, Made, Measured, OnDev, One, OneThatRuns, steps
+from glue.steps import Device, Job, Made, Measured, OnDev, One, OneThatRuns, RunsIn, steps
 
 if TYPE_CHECKING:
     from glue.evaluate.suite import Item, Task
@@ -46,45 +47,45 @@ def untuned(tuned: Member, small: Member | None) -> Member:
     return small or tuned.base  # type: ignore[return-value]
 
 
-@steps.add("proxy", makes="proxy", holds="runs", words=sensible, check=fitting, source="arXiv:2401.08565")
+@steps.add("proxy", makes="proxy", holds="runs", words=sensible, check=fitting, unkeyed=("device",), later=("dtype",),
+           source="arXiv:2401.08565")
 def proxy(job: Job, *, large: OneThatRuns, tuned: One, small: One | None = None, alpha: Alpha = 1.0,
-          suite: OnDev | None = None) -> Made:
+          suite: OnDev | None = None, device: Device = "cpu", dtype: RunsIn = "float32") -> Made:
     """A member whose logits are large + alpha * (tuned - small).
 
     large  whatever runs and tells its logits; its weights are neither read nor needed
     small  the small model before it was tuned; what the tuned member sits on unless given
     alpha  how much of the change is added; of several, the one to which the suite's right answers are likeliest. Those
            are read and nothing is generated, so that the parts read them once for all alphas
+    device, dtype  where the parts run when alphas are compared, and in what
     """
     before = untuned(tuned, small)
     given = alpha if isinstance(alpha, list) else [alpha]
-    job.workers.call("glue.steps.proxy:work", job.folder, large, tuned, before, given, suite)
+    job.workers.call("glue.steps.proxy:work", job.folder, large, tuned, before, given, suite, job.place(device, dtype))
     told = json.loads((job.folder / NOTE).read_text()) if suite else {"alpha": given[0]}
     return Made("proxy", base=large, seen=frozenset(suite.digests().values()) if suite else frozenset(),
                 note=f"{large.short} + {told['alpha']:g} x ({tuned.short} - {before.short})")
 
 
 def work(folder: Path, large: Member, tuned: Member, small: Member, alphas: list[float],
-         suite: Measured | None) -> None:
+         suite: Measured | None, place: Place) -> None:
     """In a worker: write the pair, judge the alphas where there are several, and write down which."""
     from glue.kinds.proxy import Pair
     from glue.proxy.pair import tell, write
 
     write(folder, large=large, tuned=tuned, small=small, alpha=alphas[0])
     if suite is not None:
-        found = compared(Member("proxy", "proxy", str(folder), base=large), suite, alphas)
+        found = compared(Member("proxy", "proxy", str(folder), base=large), suite, alphas, place)
         tell(folder, replace(Pair.read(folder, "proxy"), alpha=found["alpha"]))
         write_aside(folder / NOTE, json.dumps(found, indent=1))
 
 
-def compared(member: Member, suite: Measured, alphas: list[float]) -> dict[str, Any]:
+def compared(member: Member, suite: Measured, alphas: list[float], place: Place) -> dict[str, Any]:
     """What each alpha comes to on the suite: losses in nats a byte of right answers, and nats a token it moved.
 
     The first of the alphas with the least mean loss over tasks is chosen.
     """
-    from glue.kinds import load
-
-    running = load(member)
+    running = place.load(member)
     found = {task.name: judged(running, task, suite.items()[task.name], alphas) for task in suite.suite.tasks}
     lines: list[dict[str, Any]] = []
     for k, alpha in enumerate(alphas):
@@ -112,7 +113,7 @@ def judged(running: Running, task: Task, items: Sequence[Item], alphas: list[flo
     parts: Any = running.model
 
     def run(some: list[Any]) -> list[Any]:
-        found = judged(parts.apart, some, alphas)
+        found = judged(parts.apart, some, alphas, running.room)
         return list(zip(found.losses.T.tolist(), found.moved.T.tolist(), strict=True))
 
     found = by_route(running, contexts, rows, run, seen)

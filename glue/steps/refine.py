@@ -17,7 +17,7 @@ from glue.errors import MethodError
 from glue.family import Choice, Count, Field, Natural, NonNegative, Of, Positive, Share
 from glue.files import write_aside
 from glue.member import Member, canonical
-from glue.steps import Dataset, Job, Made, OnDev, Tunable, steps
+from glue.steps import Dataset, Device, Job, Made, OnDev, Tunable, steps
 from glue.steps._refine import EXAMPLES, TRAIN, VALUES, By, Embed, Ground, lines_of, write_chosen
 
 if TYPE_CHECKING:
@@ -58,14 +58,15 @@ def _has(folder: Path, need: str) -> bool:
 
 
 @steps.add("refine", makes="dataset", holds="trains", resumes=True, words=sensible, check=selectable,
-           source="arXiv:2405.00705")
+           unkeyed=("device",), source="arXiv:2405.00705")
 def refine(job: Job, *, data: Dataset, select: Annotated[Any, Of("selecting")], keep: Kept = 1.0,
            base: Tunable | None = None, suite: OnDev | None = None, dedup: bool = False, clusters: Count = 60,
            embed: Embed = "words", surprise: NonNegative = 0.0, representatives: Count = 1, by: By = "loss",
            epochs: Count = 3, learning_rate: Positive = 1e-3, batch_size: Count = 16,
            prompt_weight: NonNegative = 0.05, rank: Natural = 0, alpha: Positive = 16.0,
            targets: list[str] = [], chains: Count = 10, block: Count = 1, antithetic: bool = True,  # noqa: B006
-           tolerance: NonNegative = 0.0, precision: NonNegative = 0.0, most: Count | None = None) -> Made:
+           tolerance: NonNegative = 0.0, precision: NonNegative = 0.0, most: Count | None = None,
+           device: Device = "cpu") -> Made:
     """The examples of a dataset that a selector chooses; with `suite`, after valuing clusters of them on its dev items.
 
     keep       share of the examples, or from 2 on their number
@@ -87,7 +88,8 @@ def refine(job: Job, *, data: Dataset, select: Annotated[Any, Of("selecting")], 
         shutil.rmtree(pool, ignore_errors=True)
         job.workers.call("glue.steps._refine:pooled", pool, data.folder, dedup, base is None)
         if not (pool / EXAMPLES).is_file():
-            job.workers.call("glue.steps._refine:placed", pool, embed, surprise, clusters, base, job.seed)
+            job.workers.call("glue.steps._refine:placed", pool, embed, surprise, clusters, base, job.seed,
+                             job.place(device))
     told: dict[str, Any] = {}
     if suite is not None:
         assert base is not None, "checked when planned"
@@ -97,7 +99,7 @@ def refine(job: Job, *, data: Dataset, select: Annotated[Any, Of("selecting")], 
         players = Players.of(pool, representatives, job.folder / PLAYERS)
         key = sha256(canonical([base.digest, fit, suite.told(), suite.digests(), by, job.seed, players.owner,
                                 (players.folder / TRAIN).read_text()]).encode()).hexdigest()
-        ground = Ground(key, base, players.folder, players.owner, fit, suite, by, job.seed)
+        ground = Ground(key, base, players.folder, players.owner, fit, suite, by, job.seed, job.place(device))
         valued = _valued(job, ground, players.count, chains=chains, block=block, antithetic=antithetic,
                          tolerance=tolerance, precision=precision, most=most)
         write_aside(pool / VALUES, "".join(json.dumps(row) + "\n" for row in _rows(valued, players)))

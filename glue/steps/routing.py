@@ -6,8 +6,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from glue.errors import MethodError
+from glue.kinds import Place
 from glue.member import Member, Score, Table, canonical
-from glue.steps import Job, Made, Many, Measured, OnSuite, Takes, steps
+from glue.steps import AtOnce, Device, Job, Made, Many, Measured, OnSuite, RunsIn, Takes, steps
 from glue.steps.evaluate import evaluate
 
 if TYPE_CHECKING:
@@ -29,31 +30,33 @@ def of_these(members: list[Member], experts: list[Member], **_: Any) -> None:
         _order(mixture, experts)
 
 
-@steps.add("routing", makes="table", named=True, holds="runs", check=of_these, version=2)
-def routing(job: Job, *, members: Mixtures, experts: Many, suite: OnSuite) -> Made:
+@steps.add("routing", makes="table", named=True, holds="runs", check=of_these,
+           unkeyed=("device", "batch_size"), later=("dtype",), version=2)
+def routing(job: Job, *, members: Mixtures, experts: Many, suite: OnSuite, device: Device = "cpu",
+            dtype: RunsIn = "float32", batch_size: AtOnce = "auto") -> Made:
     """Which expert each mixture asks for each item, beside what every expert alone answers to it.
 
     members  mixtures of the same experts: several routers, or several levels
     experts  what they were made of, in any order; all are evaluated, so that regret is per item
+    device, dtype, batch_size  as of step evaluate
     """
-    evaluate(job, members=[*members, *experts], suite=suite)
-    table = Table.read(Member(job.name, "table", str(job.folder)))
+    evaluate(job, members=[*members, *experts], suite=suite, device=device, dtype=dtype, batch_size=batch_size)
+    table, place = Table.read(Member(job.name, "table", str(job.folder))), job.place(device, dtype, batch_size)
     routes = job.workers.map("glue.steps.routing:work",
-                             [(mixture, len(_order(mixture, experts)), suite) for mixture in members])
+                             [(mixture, len(_order(mixture, experts)), suite, place) for mixture in members])
     lines = [told(mixture, [experts[k] for k in _order(mixture, experts)], found, table)
              for mixture, found in zip(members, routes, strict=True)]
     (job.folder / NOTE).write_text("".join(canonical(line) + "\n" for line in lines), encoding="utf-8")
     return Made("table", note=f"routes of {len(members)} mixtures on {suite.suite.name}:{suite.split}")
 
 
-def work(mixture: Member, e: int, suite: Measured) -> dict[str, np.ndarray]:
+def work(mixture: Member, e: int, suite: Measured, place: Place) -> dict[str, np.ndarray]:
     """In a worker: task -> shares [items, l, e]."""
     import numpy as np
 
-    from glue.kinds import load
     from glue.mix.regret import shares_of
 
-    running = load(mixture)
+    running = place.load(mixture)
     routes: Mapping[str, Sequence[Hashable]]
     if running.choose is not None:
         routes = {task: running.choose([item.question for item in some]) for task, some in suite.items().items()}
@@ -84,26 +87,29 @@ def token_shares(running: Running, contexts: list[list[int]], e: int) -> np.ndar
     import numpy as np
     import torch
 
-    from glue.kinds.mixture import left_padded
+    from glue.kinds.mixture import left_read
 
     model: Any = running.model
     k = getattr(model.config, "num_experts_per_tok", None)
     if k is None:
         raise MethodError(f"'{running.member.name}' has no router: all of its layers are dense",
                           fix="leave it out; step evaluate measures it")
-    found: dict[int, np.ndarray] = {}
-    for places, ids, mask in left_padded(contexts, BATCH_TOKENS):
+
+    @torch.inference_mode()
+    def means(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         where = (mask.cumsum(-1) - 1).clamp(min=0)
-        with torch.inference_mode():
-            told = model(ids, attention_mask=mask, position_ids=where, output_router_logits=True, use_cache=False)
-        logits = torch.stack([layer.view(*ids.shape, e) for layer in told.router_logits], 2).float()
+        asked = {name: tensor.to(model.device) for name, tensor in
+                 (("input_ids", ids), ("attention_mask", mask), ("position_ids", where))}
+        told = model(**asked, output_router_logits=True, use_cache=False)
+        logits = torch.stack([layer.view(*ids.shape, e).cpu() for layer in told.router_logits], 2).float()
         weights = logits.softmax(-1)  # [b, s, l, e]
         top = weights.topk(k, -1)
         kept = torch.zeros_like(weights).scatter(-1, top.indices, top.values)
         kept = kept / kept.sum(-1, keepdim=True) * mask[:, :, None, None]
-        means = (kept.sum(1) / mask.sum(1)[:, None, None]).double().numpy()
-        found |= dict(zip(places, means, strict=True))
-    return np.stack([found[place] for place in range(len(contexts))])
+        return (kept.sum(1) / mask.sum(1)[:, None, None]).double()
+
+    found = dict(left_read(running.room, contexts, means, BATCH_TOKENS))
+    return np.stack([found[place].numpy() for place in range(len(contexts))])
 
 
 def told(mixture: Member, experts: list[Member], shares: Mapping[str, np.ndarray], table: Table) -> dict[str, Any]:

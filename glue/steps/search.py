@@ -14,7 +14,7 @@ from glue.errors import MethodError
 from glue.family import Choice, Count, Of, is_per_member
 from glue.files import append_line, whole_lines
 from glue.member import Member, canonical
-from glue.steps import Job, Made, Many, OnDev, One, steps
+from glue.steps import AtOnce, Device, Job, Made, Many, OnDev, One, RunsInFloats, steps
 from glue.steps._candidates import Ground
 from glue.steps.merge import compatible, spread
 
@@ -50,19 +50,22 @@ def mergeable(members: list[Member], merge: Choice, strategy: Choice, base: Memb
 
 
 @steps.add("search", makes="model", lone=True, writes="one", holds="runs", resumes=True, words=searchable,
-           check=mergeable, source="arXiv:2410.05357")
+           check=mergeable, unkeyed=("device", "batch_size"), later=("runs_in",), source="arXiv:2410.05357")
 def search(job: Job, *, members: Many, strategy: Annotated[Any, Of("searching")],
            merge: Annotated[Any, Of("merging")] = "task_arithmetic", suite: OnDev, base: One | None = None,
            budget: Count = 200, items: Count | None = None,
-           dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> Made:
+           dtype: Literal["float32", "bfloat16", "float16"] | None = None, device: Device = "cpu",
+           runs_in: RunsInFloats = "float32", batch_size: AtOnce = "auto") -> Made:
     """The best of the members and their merges, as a strategy finds it on dev items.
 
     merge   how a candidate is made; the strategy sets its `weight` by member, and what else it says
     budget  the most candidates that may be measured
     items   the most answers that may be asked for, candidates times items; unless given, all that the budget allows
     dtype   of candidates and of the result; as in `merge`
+    device, runs_in, batch_size  where candidates are merged and asked, what they calculate in (`dtype` where it is said
+            for all lines), and how many questions they read at once
     """
-    ground = Ground.of(members, base, merge, dtype, suite, job.seed)
+    ground = Ground.of(members, base, merge, dtype, suite, job.seed, job.place(device, runs_in, batch_size))
     journal = Journal(job.folder / JOURNAL)
     space = _space(job, ground, journal, budget, items, _similarity(job, members, strategy))
     found = strategy(space)

@@ -12,7 +12,7 @@ from glue.family import Count, NonNegative, Positive, Probability
 from glue.files import write_aside
 from glue.hub import locate
 from glue.member import Member
-from glue.steps import Job, Made, Many, Shares, Tunable, steps
+from glue.steps import Device, Job, Made, Many, Shares, Tunable, steps
 from glue.steps._training import told
 
 if TYPE_CHECKING:
@@ -123,10 +123,10 @@ def _told(note: Path) -> str:
     return f"{numbers:,} numbers in place of {before:,}, off by at most {share:.2%} of the norm"
 
 
-@steps.add("tt_lora", makes="tensor_train", source="arXiv:2410.13097")
+@steps.add("tt_lora", makes="tensor_train", unkeyed=("device",), source="arXiv:2410.13097")
 def tt_lora(job: Job, *, base: Tunable, data: Shares, steps: Count, learning_rate: Positive, targets: list[str],
             rank: Count = 8, side: Count = 8, cores: Literal["all", "one"] = "all", batch_size: Count = 64,
-            weight_decay: NonNegative = 0.0, prompt_weight: NonNegative = 0.05) -> Made:
+            weight_decay: NonNegative = 0.0, prompt_weight: NonNegative = 0.05, device: Device = "cpu") -> Made:
     """An adapter of tensor trains over `base`, taught on datasets in the given shares.
 
     rank   the most between two cores of a layer
@@ -135,7 +135,7 @@ def tt_lora(job: Job, *, base: Tunable, data: Shares, steps: Count, learning_rat
     """
     options = {"steps": steps, "learning_rate": learning_rate, "targets": targets, "rank": rank, "side": side,
                "cores": cores, "batch_size": batch_size, "weight_decay": weight_decay, "prompt_weight": prompt_weight,
-               "seed": job.seed, "shared": job.seed}
+               "seed": job.seed, "shared": job.seed, "device": device}
     job.workers.call("glue.steps.tensor_train:teach", job.folder, base, data, options, report=job.report)
     return Made("tensor_train", base=base, note=f"{base.short} with tensor trains, tuned for {steps} steps on "
                                                 f"{', '.join(member.short for member in data)}")
@@ -143,7 +143,8 @@ def tt_lora(job: Job, *, base: Tunable, data: Shares, steps: Count, learning_rat
 
 def teach(folder: Path, base: Member, data: dict[Member, float], options: dict[str, Any], report=None) -> None:
     """In a worker: train and write."""
+    from glue.kinds.device import device_of
     from glue.tune.trains import taught_trains
 
-    taught_trains(folder, base=base, data=[(member.folder, share) for member, share in data.items()], **options,
-                  report=told(report))
+    taught_trains(folder, base=base, data=[(member.folder, share) for member, share in data.items()],
+                  **{**options, "device": device_of(options["device"])}, report=told(report))

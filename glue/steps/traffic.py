@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from glue.errors import MethodError
 from glue.family import Natural, NonNegative
+from glue.kinds import Place
 from glue.member import Member, Score, Table, canonical
-from glue.steps import Job, Made, Measured, OnSuite, Takes, steps
+from glue.steps import Device as Here
+from glue.steps import Job, Made, Measured, OnSuite, RunsIn, Takes, ran, steps
 from glue.steps._device import Device, Way, served
 
 if TYPE_CHECKING:
@@ -45,9 +47,10 @@ def written_tasks(suite: Measured, **_: Any) -> None:
 
 
 @steps.add("traffic", makes="table", named=True, holds="runs", words=ways_of, check=written_tasks,
-           source="arXiv:2503.14932")
+           unkeyed=("device",), later=("dtype",), source="arXiv:2503.14932")
 def traffic(job: Job, *, member: Proxied, suite: OnSuite, ways: list[dict[str, Any]],
-            round_trips: list[NonNegative] = [], timed: Natural = 8) -> Made:  # noqa: B006
+            round_trips: list[NonNegative] = [], timed: Natural = 8, device: Here = "cpu",  # noqa: B006
+            dtype: RunsIn = "float32") -> Made:
     """What a device sends to its black box, and is sent, for each answer that is written: one way of asking after the
     other, over HTTP between two processes. The table has what each way scores; the first is what others are compared
     with.
@@ -59,12 +62,13 @@ def traffic(job: Job, *, member: Proxied, suite: OnSuite, ways: list[dict[str, A
                  large member is asked, and how much it tells
     round_trips  milliseconds: the first items are asked again as if the server were so far away, and timed
     timed        how many items those are
+    device, dtype  where the pair runs, and the large member while it is served, and in what
     """
-    told = [Way.of(way) for way in ways]
+    told, place = [Way.of(way) for way in ways], job.place(device, dtype)
     tasks = [task for task in suite.suite.tasks if task.output == "generate"]
     items = suite.items()
     with ExitStack() as stack:
-        large = _far(stack, job, member)
+        large = _far(stack, place, member)
         pieces = [(way, task, first) for way in told for task in tasks
                   for first in range(0, len(items[task.name]), PIECE)]
         done = list[int]()
@@ -74,20 +78,20 @@ def traffic(job: Job, *, member: Proxied, suite: OnSuite, ways: list[dict[str, A
             job.report(len(done), len(pieces), str(pieces[k][0]))
 
         came = job.workers.map("glue.steps.traffic:work",
-                               [(member, large, way, task, items[task.name][first:first + PIECE])
+                               [(member, large, way, task, items[task.name][first:first + PIECE], place)
                                 for way, task, first in pieces], each=told_of)
         found: dict[tuple[Way, str], list[Any]] = {}
         for (way, task, _), piece in zip(pieces, came, strict=True):
             found.setdefault((way, task.name), []).append(piece)
         paces = [{"way": str(way), "round_trip": trip, "tokens_per_second": job.workers.call(
-            "glue.steps.traffic:timing", member, large, way, tasks[0], items[tasks[0].name][:timed], trip / 1000)}
-            for way in told for trip in round_trips if timed]
+            "glue.steps.traffic:timing", member, large, way, tasks[0], items[tasks[0].name][:timed], trip / 1000,
+            place)} for way in told for trip in round_trips if timed]
     rows, digests = [], suite.digests()
     for way in told:
         for task in tasks:
             results = tuple(result for results, _ in found[way, task.name] for result in results)
             rows.append(Score(f"{member.name}: {way}", _digest(member, way), f"{suite.suite.name}:{suite.split}",
-                              task.name, task.metric, results, digests[task.name], _how(task, way),
+                              task.name, task.metric, results, digests[task.name], _how(task, way, dtype),
                               seen_by_search=digests[task.name] in member.seen))
     Table(tuple(rows)).write(job.folder)
     counts = [{"way": str(way), **asdict(way), "task": task.name,
@@ -96,7 +100,7 @@ def traffic(job: Job, *, member: Proxied, suite: OnSuite, ways: list[dict[str, A
     return Made("table", note=f"{member.short} asked in {len(told)} ways on {suite.suite.name}:{suite.split}")
 
 
-def _far(stack: ExitStack, job: Job, member: Member) -> Member:
+def _far(stack: ExitStack, here: Place, member: Member) -> Member:
     """The large member as an endpoint: as it is, or served for now."""
     from glue.kinds.endpoint import connect
 
@@ -104,7 +108,7 @@ def _far(stack: ExitStack, job: Job, member: Member) -> Member:
     if member.base.kind == "endpoint":
         return member.base
     place = Path(stack.enter_context(_scratch()), "large")
-    connect(place, stack.enter_context(served(member.base)), tokenizer=member.base)
+    connect(place, stack.enter_context(served(member.base, here)), tokenizer=member.base)
     return Member(f"{member.base.name} (served)", "endpoint", str(place))
 
 
@@ -115,12 +119,12 @@ def _scratch() -> Any:
 
 
 def work(member: Member, large: Member, way: Way, task: Task,
-         items: Sequence[Item]) -> tuple[list[float], dict[str, Any]]:
+         items: Sequence[Item], place: Place) -> tuple[list[float], dict[str, Any]]:
     """In a worker: results of some items, and what they took."""
     from glue.kinds.link import Traffic
 
     over = Traffic()
-    device = Device(member, large, way, traffic=over)
+    device = Device(member, large, way, traffic=over, place=place)
     # who the server is was asked once; that is no part of an answer
     before = replace(over)
     results, ledger = [], None
@@ -138,9 +142,10 @@ def work(member: Member, large: Member, way: Way, task: Task,
                                                         "asked_for", "bound", "truncated", "uncertain")}, **sent}
 
 
-def timing(member: Member, large: Member, way: Way, task: Task, items: Sequence[Item], distance: float) -> float:
+def timing(member: Member, large: Member, way: Way, task: Task, items: Sequence[Item], distance: float,
+           place: Place) -> float:
     """In a worker: tokens a second, the large member so many seconds away."""
-    device = Device(member, large, way, distance=distance)
+    device = Device(member, large, way, distance=distance, place=place)
     device.write(items[0].question, task.max_tokens, ("\n",))  # the first of everything takes longer
     began, tokens = perf_counter(), 0
     for item in items:
@@ -167,5 +172,5 @@ def _digest(member: Member, way: Way) -> str:
     return hashlib.sha256(canonical([member.digest, asdict(way)]).encode()).hexdigest()[:32]
 
 
-def _how(task: Task, way: Way) -> str:
-    return canonical({"harness": "glue traffic", "way": asdict(way), "max_tokens": task.max_tokens})
+def _how(task: Task, way: Way, dtype: str) -> str:
+    return canonical({"harness": "glue traffic", **ran(dtype), "way": asdict(way), "max_tokens": task.max_tokens})

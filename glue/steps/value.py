@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from glue.errors import MethodError, RecipeError, ZooError
 from glue.family import Choice, Count, Of
 from glue.identity import identify
+from glue.kinds import Place
 from glue.member import Member, Score, Table, canonical
-from glue.steps import Job, Made, Many, Measured, OnDev, One, steps
+from glue.steps import AtOnce, Device, Job, Made, Many, Measured, OnDev, One, RunsInFloats, ran, steps
 from glue.steps._games import Answers, By, Worth, game_of_members, game_of_updates, takes_weights, worth
 from glue.steps.clients import kept
 from glue.steps.federate import CLIENTS, ROUNDS
@@ -72,10 +73,11 @@ def players_of(members: Sequence[Member], base: Member) -> list[Member]:
 
 
 @steps.add("value", makes="table", named=True, holds="runs", resumes=True, words=clear, check=playable,
-           source="arXiv:2405.00705")
+           unkeyed=("device", "batch_size"), later=("dtype",), source="arXiv:2405.00705")
 def value(job: Job, *, members: Many | None = None, of: One | None = None, base: One | None = None,
           merge: Annotated[Any, Of("merging")] | None = None, suite: OnDev, by: By = "score", chains: Count = 10,
-          most: Count | None = None) -> Made:
+          most: Count | None = None, device: Device = "cpu", dtype: RunsInFloats = "float32",
+          batch_size: AtOnce = "auto") -> Made:
     """The Shapley value of each member in a merge, or of each client of a federation: what it adds to the merge of some
     of the others, in the mean over all orders in which they may come. Leaves a table of what each scores alone, and the
     values beside it.
@@ -88,11 +90,13 @@ def value(job: Job, *, members: Many | None = None, of: One | None = None, base:
             apart that answer alike
     chains  how many orders are walked where there are more than 12 players
     most    how many subsets may be merged and asked; all are where there is room for them
+    device, dtype, batch_size  where merges are asked, what they calculate in, and how many questions they read at once
 
     Intervals are over other items, and over other orders where not all subsets were asked.
     """
     updates = updates_of(of) if of is not None else []
-    game = _game(job, members, base, merge, of, updates, suite)
+    place = job.place(device, dtype, batch_size)
+    game = _game(job, members, base, merge, of, updates, suite, place)
     found = worth(game, by, job.workers, Answers(job.folder / JOURNAL, game.players), chains=chains, most=most,
                   seed=job.seed, report=job.report)
     digests = {update.client: identify(update.folder)[1] for update in updates}
@@ -105,7 +109,7 @@ def value(job: Job, *, members: Many | None = None, of: One | None = None, base:
              "everybody": found.value(every)}
     lines = [about, *({**row, "digest": digests[row["player"]]} for row in rows)]
     (job.folder / NOTE).write_text("".join(canonical(line) + "\n" for line in lines), encoding="utf-8")
-    Table(tuple(_alone(found, digests, suite, by, combined))).write(job.folder)
+    Table(tuple(_alone(found, digests, suite, by, combined, dtype))).write(job.folder)
     (job.folder / JOURNAL).unlink(missing_ok=True)
     best, worst = rows[0], rows[-1]
     return Made("table", seen=frozenset(suite.digests().values()),
@@ -114,10 +118,10 @@ def value(job: Job, *, members: Many | None = None, of: One | None = None, base:
 
 
 def _game(job: Job, members: list[Member] | None, base: Member | None, merge: Choice | None, of: Member | None,
-          updates: list[Update], suite: Measured) -> Game:
+          updates: list[Update], suite: Measured, place: Place) -> Game:
     if of is None:
         assert members is not None and base is not None and merge is not None
-        return game_of_members(players_of(members, base), base, merge, suite, job.seed)
+        return game_of_members(players_of(members, base), base, merge, suite, job.seed, place)
     from glue.federate.rounds import State
     from glue.steps._server import Server
 
@@ -125,7 +129,7 @@ def _game(job: Job, members: list[Member] | None, base: Member | None, merge: Ch
     said, = json.loads((of.folder / ROUNDS).read_text())
     server = Server(of.base, updates[0].kind, {}, said["targets"], Choice.unspelled(said["combine"]), (1.0,), None, inf,
                     job.folder / ".reports", job.workers, job.seed)
-    return game_of_updates(server, updates, State(), suite)
+    return game_of_updates(server, updates, State(), suite, place)
 
 
 def updates_of(of: Member) -> list[Update]:
@@ -136,12 +140,13 @@ def updates_of(of: Member) -> list[Update]:
                   key=lambda update: update.client)
 
 
-def _alone(found: Worth, digests: dict[str, str], suite: Measured, by: By, combined: Any) -> list[Score]:
+def _alone(found: Worth, digests: dict[str, str], suite: Measured, by: By, combined: Any,
+           dtype: str) -> list[Score]:
     """What everybody's own merge came to, where that was asked, as rows of a table."""
     import numpy as np
 
     rows, splits = [], suite.digests()
-    how = canonical({"harness": "glue", "merge": combined, "by": by})
+    how = canonical({"harness": "glue", "merge": combined, "by": by, **ran(dtype)})
     for k, player in enumerate(found.players):
         results = found.results.get(frozenset({k}))
         if results is None:

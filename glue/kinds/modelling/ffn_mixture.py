@@ -72,7 +72,7 @@ class SentenceCache(DynamicCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order; a row may be kept more than once."""
-        super().batch_select_indices(indices)
+        super().batch_select_indices(indices.cpu())  # layers may lie on several devices
         self.routes.select(indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

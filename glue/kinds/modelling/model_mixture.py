@@ -87,11 +87,27 @@ class GlueModelMixtureOutput(CausalLMOutputWithPast):
 
 def instead(module: nn.Module, forward: Callable | None = None, **children: nn.Module) -> Any:
     """A copy that shares every weight and does something else when called; the module stays as it is."""
-    other = copy(module)
+    other: Any = copy(module)
     other._modules = {**module._modules, **children}
     if forward is not None:
         other.forward = forward
+    elif hook := vars(module).get("_hf_hook"):  # of accelerate, where weights lie elsewhere: it calls what it is put on
+        def hooked(*args: Any, **asked: Any) -> Any:
+            args, asked = hook.pre_forward(other, *args, **asked)
+            return hook.post_forward(other, type(module).forward(other, *args, **asked))
+
+        other.forward = hooked
     return other
+
+
+def brought(model: PreTrainedModel, **given: Any) -> dict[str, Any]:
+    """What a model is given, where it begins to read: its embeddings may lie on a device of their own."""
+    table: Any = model.get_input_embeddings()
+    hook = vars(table).get("_hf_hook") if table is not None else None  # of accelerate, which tells where it will run
+    where: Any = next((each.execution_device for each in getattr(hook, "hooks", (hook,)) if each is not None), None)
+    if where is None:
+        where = given["inputs_embeds"].device if table is None else table.weight.device
+    return {name: value.to(where) if isinstance(value, Tensor) else value for name, value in given.items()}
 
 
 class Reached(Exception):
@@ -130,8 +146,8 @@ def pooled(reader: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | 
     """Mean hidden state of each prompt over the tokens that are not padding, in fp32. [b, s] -> [b, h]"""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     where = positions(mask, input_ids.shape[1]) if position_ids is None else position_ids
-    state = entering(reader.base_model, layer % (reader.config.num_hidden_layers + 1), input_ids=input_ids,
-                     attention_mask=mask, position_ids=where, use_cache=False)
+    asked = brought(reader, input_ids=input_ids, attention_mask=mask, position_ids=where)
+    state = entering(reader.base_model, layer % (reader.config.num_hidden_layers + 1), **asked, use_cache=False)
     return averaged(state, mask)
 
 
@@ -245,7 +261,10 @@ class GlueModelMixtureForCausalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _judged(self, state: Tensor) -> Tensor:
         """The weights [b, e] of prompts in this state [b, h]."""
-        logits = self.router(state.to(self.router.outer.weight.device)) / self.config.router_temperature
+        where = self.router.outer.weight.device
+        if where.type != "meta":  # else accelerate brings both together
+            state = state.to(where)
+        logits = self.router(state) / self.config.router_temperature
         return chosen(logits, self.config.experts_per_prompt)
 
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None,
@@ -313,7 +332,8 @@ class GlueModelMixtureForCausalLM(PreTrainedModel, GenerationMixin):
                 slot = past_key_values.trunk
             elif use_cache:
                 slot = DynamicCache(config=model.config)
-            first = model(input_ids=input_ids, **asked, past_key_values=slot, use_cache=slot is not None)
+            first = model(**brought(model, input_ids=input_ids, **asked), past_key_values=slot,
+                          use_cache=slot is not None)
         if weights is None and first is not None:
             weights = self._judged(averaged(first.last_hidden_state, attention_mask)).to(input_ids.device)
         elif weights is None:
@@ -330,7 +350,7 @@ class GlueModelMixtureForCausalLM(PreTrainedModel, GenerationMixin):
                 given = {"inputs_embeds": only(rows, first.last_hidden_state)}
             elif first is not None and i == reader:
                 expert = said(expert, first, rows)
-            output = expert(**given, **{name: only(rows, tensor) for name, tensor in asked.items()},
+            output = expert(**brought(expert, **given, **{name: only(rows, tensor) for name, tensor in asked.items()}),
                             past_key_values=None if past_key_values is None else past_key_values.slots[i],
                             use_cache=past_key_values is not None, logits_to_keep=logits_to_keep)
             parts.append((i, rows, output.logits.to(input_ids.device)))

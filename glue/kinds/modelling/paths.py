@@ -132,7 +132,7 @@ class PathCache(Cache):
         """Keep these rows, in this order; a row may be kept more than once."""
         rows = indices.tolist()
         for layer in self.layers[:self.dense]:
-            layer.batch_select_indices(indices)
+            layer.batch_select_indices(indices.cpu())  # layers may lie on several devices
         for number, plan in enumerate(self.routes.plans):
             for expert, held in plan.rows.items():
                 place = {row: k for k, row in enumerate(held)}

@@ -69,7 +69,7 @@ class ProxyCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order; a row may be kept more than once."""
         for slot in self._each():
-            slot.batch_select_indices(indices)
+            slot.batch_select_indices(indices.cpu())  # parts may lie on several devices
         self.ids = self.ids[indices.to(self.ids.device)]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

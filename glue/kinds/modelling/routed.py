@@ -61,7 +61,7 @@ def answering(weights: Tensor) -> list[tuple[int, Tensor]]:
 
 def only(rows: Tensor, tensor: Tensor | None) -> Tensor | None:
     """These rows of a tensor that may not be there."""
-    return tensor if tensor is None or len(rows) == len(tensor) else tensor[rows]
+    return tensor if tensor is None or len(rows) == len(tensor) else tensor[rows.to(tensor.device)]
 
 
 class RoutedCache(Cache):
@@ -85,7 +85,7 @@ class RoutedCache(Cache):
         for j, rows in self.rows:
             if j == i:
                 if len(rows) < len(self.weights):
-                    slot.batch_select_indices(rows)
+                    slot.batch_select_indices(rows.cpu())
                 self.slots[i] = slot
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -101,9 +101,9 @@ class RoutedCache(Cache):
         indices = indices.to(self.weights.device)
         for weight, slot in zip(self.weights.unbind(1), self.slots, strict=True):
             place = torch.where(weight > 0, (weight > 0).cumsum(0) - 1, -1)[indices]
-            slot.batch_select_indices(place[place >= 0])
+            slot.batch_select_indices(place[place >= 0].cpu())  # layers may lie on several devices
         if self.trunk is not None:
-            self.trunk.batch_select_indices(indices)
+            self.trunk.batch_select_indices(indices.cpu())
         self.weights = self.weights[indices]
         self.rows = answering(self.weights)
 

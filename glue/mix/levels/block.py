@@ -98,7 +98,8 @@ class _Reading:
         assert parts.trunk is not None, "the layers of a block mixture need a trunk around them"
         self.trunk, self.experts = parts.trunk, [weights(expert) for expert in parts.experts]
         self.passed: list[Gate | None] = [None] * parts.dense
-        self._walk = Walk(parts.trunk, parts.frame, self._through)
+        self._walk = Walk(parts.trunk, parts.frame, self._through, device=parts.device)
+        self._device = parts.device
         self.config = self._walk.config
 
     @torch.no_grad()
@@ -111,11 +112,12 @@ class _Reading:
         """The same texts behind layer i."""
         from glue.kinds.modelling.routed import averaged, chosen
 
-        gate, layer = self.passed[i], Layer(self.config, i)
+        gate, layer = self.passed[i], Layer(self.config, i, device=self._device)
         if gate is None:
             layer.fill(self.trunk)
             return layer.through(batches)
-        shares = [chosen(gate.logits(averaged(state, mask)), gate.top_k) for _, mask, state in batches]
+        shares = [chosen(gate.logits(averaged(state, mask).cpu()), gate.top_k).to(state.device)
+                  for _, mask, state in batches]
         passed = [torch.zeros_like(state) for _, _, state in batches]
         for j, expert in enumerate(self.experts):
             layer.fill(expert)

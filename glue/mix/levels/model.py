@@ -26,7 +26,7 @@ from torch import Tensor
 from glue.checkpoint import Weights
 from glue.errors import CheckpointError, MethodError
 from glue.files import write_aside
-from glue.kinds import load, weights
+from glue.kinds import weights
 from glue.kinds.frame import config_of, copy_frame, widest
 from glue.member import Member
 from glue.mix.compress import NOTE, Energy, Packed, Rank
@@ -105,7 +105,7 @@ def _divisible(first: Member, like: PretrainedConfig, expert: Member, config: Pr
                               f"share their first layers", fix="mix members of one shape, or leave dense_layers at 0")
 
 
-def sites(parts: Parts, dev: Dev, *, layer: int = -1, device: str = "cpu") -> list[Site]:
+def sites(parts: Parts, dev: Dev, *, layer: int = -1) -> list[Site]:
     """What the router may look at: the mean state of each prompt where the gate will judge it.
 
     layer  which of the frame's hidden states are judged, where dense is 0. The last by default; a low one spares the
@@ -117,19 +117,19 @@ def sites(parts: Parts, dev: Dev, *, layer: int = -1, device: str = "cpu") -> li
         return []
     _in_range(layer, count)
     names, wins = tuple(expert.name for expert in parts.experts), torch.as_tensor(dev.wins, dtype=torch.float32)
-    states, layer = _states(parts, layer % (count + 1), device), parts.dense or layer
+    states, layer = _states(parts, layer % (count + 1)), parts.dense or layer
     return [Site(names, states(dev.prompts), wins, torch.as_tensor(dev.tasks), list(dev.prompts), states,
                  _reader(parts), layer, dev.seed)]
 
 
-def _states(parts: Parts, layer: int, device: str) -> Callable[[Sequence[str]], Tensor]:
+def _states(parts: Parts, layer: int) -> Callable[[Sequence[str]], Tensor]:
     """The function from texts to the states that the router judges. [m] -> [m, h] fp32"""
     reader = parts.experts[_reader(parts)]
     if parts.dense or config_of(reader).model_type in KNOWN:
         source, frame, at = (parts.trunk, parts.frame, parts.dense) if parts.dense else (weights(reader), reader, layer)
         assert source is not None, "dense layers need a trunk"
-        return partial(states_within, source, frame, at, device=device)
-    running = load(reader, device=device)
+        return partial(states_within, source, frame, at, device=parts.device)
+    running = parts.place.load(reader)
     return lambda texts: pooled_states(running, texts, layer)
 
 
