@@ -31,6 +31,7 @@ from glue.identity import identify
 from glue.kinds import load
 from glue.lineage import lineage
 from glue.member import FOLDER_NOTE, Member
+from glue.orders import Settings, orders
 from glue.plan import make_plan
 from glue.recipe import read_recipe
 from glue.run import run
@@ -172,7 +173,8 @@ def test_pickles_code_and_second_sets_of_weights_are_not_fetched(hub, cache, mod
      {"glue.json", "model.safetensors", "gates.safetensors"}),
     ({"config.json", "experts/a/model.safetensors", "experts/a/config.json", "experts/a/x.py", "other/config.json"},
      "mixture", {"config.json", "experts/a/model.safetensors", "experts/a/config.json"}),
-    ({"data/train.parquet", "a.csv", "README.md", "x/state.json", "x/d.arrow", "d.arrow", ".x/y.json"}, "dataset",
+    ({"data/train.parquet", "a.csv", "README.md", "x/state.json", "x/d.arrow", "d.arrow", ".x/y.json",
+      "license.py", "readme.png"}, "dataset",
      {"data/train.parquet", "README.md", "x/state.json", "x/d.arrow"}),
 ])
 def test_one_set_of_weights_and_what_belongs_to_it_is_needed(names, kind, want):
@@ -421,6 +423,10 @@ def test_a_part_of_a_model_is_told_by_the_shard_that_is_missing(tmp_path, hub, c
             use()
         assert f"only a part of owner/two is on this machine: {shards[1].name} is missing" in str(told.value)
         assert "glue zoo fetch hub:owner/two" in str(told.value)
+    (tmp_path / "config.yaml").write_text("merge_method: linear\ndtype: float32\nmodels:\n"
+                                          "  - {model: owner/two, parameters: {weight: 1}}\n")
+    with pytest.raises(GlueError, match=f"{shards[1].name} is missing"):
+        orders(tmp_path / "config.yaml", tmp_path / "out", Settings(0), None)
     (tmp_path / "zoo.yaml").write_text(ZOO)
     (tmp_path / "r.yaml").write_text("steps: [{as: copy, step: merge, members: [two], method: linear}]\n")
     zoo = Zoo(tmp_path / "zoo.yaml")
