@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from io import BufferedWriter
@@ -172,12 +172,12 @@ def _bring(listing: Listing, file: File, report: Report, stop: threading.Event) 
         ours = file.large and file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE  # the hub sends no more over plain HTTP
         if ours:
             _stream(listing, file, report, stop)
-        with suppress(FileNotFoundError):
-            link.unlink()  # to a blob that is not there, or cut short; or the library would take it for the file
         blob = listing.blob(file)
-        if blob.exists() and not _complete(blob, file):
-            blob.unlink()
-        _library(listing, file.name)  # all of a small file, only the link to a large one
+        if not listing.here(file):  # else another process has linked it meanwhile
+            link.unlink(missing_ok=True)  # to a blob that is not there, or cut short, which the library would take
+            if blob.exists() and not _complete(blob, file):
+                blob.unlink()
+            _library(listing, file.name)  # all of a small file, only the link to a large one
         if not listing.here(file) or not ours and not is_blob(link, file.blob):
             link.unlink(missing_ok=True)
             blob.unlink(missing_ok=True)
@@ -255,19 +255,14 @@ def _lock(listing: Listing, file: File, stop: threading.Event) -> Iterator[None]
     storage = listing.address.storage
     place = storage.parent / ".locks" / storage.name / f"{file.blob}.lock"
     place.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        if stop.is_set():
-            raise _Stopped
-        held = WeakFileLock(place, timeout=1)
-        try:
-            held.__enter__()
-        except TimeoutError:  # another process brings this very file
-            continue
-        try:
-            yield
-        finally:
-            held.__exit__(None, None, None)
-        return
+    with ExitStack() as held:
+        while True:
+            if stop.is_set():
+                raise _Stopped
+            with suppress(TimeoutError):  # another process brings this very file
+                held.enter_context(WeakFileLock(place, timeout=1))
+                break
+        yield
 
 
 class _Counted:

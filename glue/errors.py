@@ -59,11 +59,16 @@ class ZooError(GlueError):
 
 
 class NotHere(ZooError):
-    """A member of the hub that is not on this machine; `command` gets it. part: what of it is missing, if not all."""
+    """A member of the hub that is not on this machine.
 
-    def __init__(self, name: str, command: str, part: str = ""):
+    command  what gets it             ours  a command of glue that gets it too
+    part     what of it is missing, if not all
+    """
+
+    def __init__(self, name: str, command: str, *, ours: str = "", part: str = ""):
         super().__init__(f"only a part of {name} is on this machine: {part} is missing" if part
-                         else f"{name} is not on this machine", fix=f"get it with  {command}")
+                         else f"{name} is not on this machine",
+                         fix=f"get it with  {ours}  or  {command}" if ours else f"get it with  {command}")
         self.command, self.part = command, part
 
 

@@ -18,7 +18,7 @@ from glue.hub import HUB, Address, address, locate
 from glue.member import Member
 from glue.plan import make_plan, present
 from glue.recipe import read_recipe
-from glue.snapshot import WEIGHTS, needed, whole
+from glue.snapshot import RECORDS, WEIGHTS, needed, whole
 from glue.zoo import KINDS, Zoo
 
 CONVERT = "https://huggingface.co/spaces/safetensors/convert"  # opens a pull request that adds safetensors
@@ -213,7 +213,7 @@ def _check_records(one: Asked, want: Sequence[str]) -> None:
     if inner and not any(name == inner or name.startswith(f"{inner}/") for name in want):
         raise ZooError(f"{one.address.name} has no records in '{inner}'",
                        fix=f"{one.address.page}/tree/{one.address.revision or 'main'}  lists its folders")
-    if not any(PurePosixPath(name).suffix in (".parquet", ".jsonl", ".ndjson", ".json", ".arrow") for name in want):
+    if not any(PurePosixPath(name).suffix in {*RECORDS, ".arrow"} for name in want):
         raise ZooError(f"{one.address.name} has no file of records that is read (parquet, jsonl, json)",
                        fix=f"the hub may have made some:  hub:{one.address.name}@refs/convert/parquet")
 

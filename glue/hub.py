@@ -152,7 +152,7 @@ def locate(path: str, kind: str = "model") -> Path:
     found = address(path, kind)
     folder = found.storage / "snapshots" / found.commit
     if not found.commit or not folder.is_dir():
-        raise NotHere(str(found), found.command)
+        raise NotHere(str(found), found.command, ours=found.ours)
     if not (folder / found.inner).exists():
         raise NotHere(str(found), found.ours, part=found.inner)
     return folder / found.inner

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from glue.checkpoint import Checkpoint, Header, Weights, weights_digest
 from glue.errors import CheckpointError, GlueError, MethodError, RecipeError, did_you_mean, one_line
-from glue.hub import HUB, locate
+from glue.hub import HUB
 from glue.kinds.card import Card, Source
 from glue.kinds.device import device_of
 from glue.kinds.frame import config_json
@@ -27,6 +27,7 @@ from glue.merge.mergekit.moe_words import MoeConfig
 from glue.merge.mergekit.nouns import Config, ModelRef
 from glue.merge.mergekit.targets import Model, Planned, merge_of, planned
 from glue.merge.write import resume_key
+from glue.snapshot import whole
 from glue.steps.merge import spread
 from glue.writer import SHARD
 
@@ -297,7 +298,7 @@ def found(path: str, revision: str, zoo: Zoo | None) -> Path:
     if zoo is not None and path in zoo and not revision:
         return zoo[path].folder
     if HUB.fullmatch(f"hub:{path}") and path.count("/") == 1 and not path.startswith("."):
-        return locate(f"hub:{path}" + (f"@{revision}" if revision else ""))
+        return whole(f"hub:{path}" + (f"@{revision}" if revision else ""))
     near = did_you_mean(path, _neighbours(folder)) if folder.parent.is_dir() else ""
     raise CheckpointError(f"there is no model '{path}'{near}",
                           fix="name a folder, a repository of the hub (owner/name), or a member of the zoo")

@@ -22,7 +22,7 @@ from glue.member import FOLDER_NOTE
 RECORDS = {".parquet", ".jsonl", ".ndjson", ".json"}  # of datasets; .arrow too where `datasets` has saved them
 TEXTS = {".json", ".jsonl", ".jinja", ".txt", ".md", ".model", ".parquet", ".yaml", ".yml"}  # beside a model's weights
 OTHERS = re.compile(r".*\.index\.json")  # which are chosen with the weights that they are of
-TERMS = re.compile(r"(licen[cs]e|notice|copying|use_policy|readme)[^/]*", re.I)
+TERMS = re.compile(r"(licen[cs]e|notice|copying|use_policy|readme)[^/.]*(\.(md|txt|rst))?", re.I)
 PART = re.compile(r"(?:experts|pair)/[^/]+")  # models within a mixture by text, or a proxy
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt"}
 BLOCK = 1 << 20  # bytes that are read at once
@@ -54,8 +54,8 @@ def _model(there: Collection[str], kind: str, shards: Shards) -> Iterator[str]:
         if place and not PART.fullmatch(place):
             continue
         names = {name.removeprefix(f"{place}/") for name in there if str(PurePosixPath(name).parent) == (place or ".")}
-        chosen = {name for name in names if PurePosixPath(name).suffix in TEXTS and not OTHERS.fullmatch(name)
-                  or TERMS.fullmatch(name) and PurePosixPath(name).suffix not in (*WEIGHTS, ".py")}
+        chosen = {name for name in names if TERMS.fullmatch(name)
+                  or PurePosixPath(name).suffix in TEXTS and not OTHERS.fullmatch(name)}
         if FOLDER_NOTE in names:  # of ours, where everything counts
             chosen |= {name for name in names if name.endswith(".safetensors")}
         elif kind == "adapter" and ADAPTER in names:

@@ -27,6 +27,7 @@ class Hub:
     cuts      file -> numbers of bytes after which the connection ends, one for each time it is asked for
     holds     file -> (bytes after which it waits, the event that it waits for)
     sent      (file, first byte, bytes that went)
+    deaf      whether it sends all of a file, whatever part of it is asked for
     """
 
     url: str = ""
@@ -43,6 +44,7 @@ class Hub:
     cuts: dict[str, list[int]] = field(default_factory=dict)
     holds: dict[str, tuple[int, Event]] = field(default_factory=dict)
     sent: list[tuple[str, int, int]] = field(default_factory=list)
+    deaf: bool = False
 
     def hold(self, name: str, files: Mapping[str, bytes], branch: str = "main", kind: str = "model") -> str:
         """Put files into a branch, which from then on has these alone; the commit that this makes."""
@@ -194,7 +196,8 @@ def fake_hub(monkeypatch) -> Iterator[Hub]:
             self.wfile.write(data if self.command != "HEAD" else b"")
 
         def _send_file(self) -> None:
-            first = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+            asked = "" if hub.deaf else self.headers.get("Range") or ""
+            first = int(asked.removeprefix("bytes=").partition("-")[0] or 0)
             status, headers, data = hub.download(self.command, self.path, first)
             file = unquote(urlsplit(self.path).path).partition("/resolve/")[2].partition("/")[2]
             self.send_response(status)
@@ -222,6 +225,7 @@ def fake_hub(monkeypatch) -> Iterator[Hub]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     for word, value in (("ENDPOINT", hub.url), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True),
+                        ("HF_HUB_DOWNLOAD_TIMEOUT", 120),
                         ("HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")):
         monkeypatch.setattr(constants, word, value)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
