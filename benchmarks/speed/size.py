@@ -29,7 +29,7 @@ from glue.files import write_aside
 
 MOST = 2e9  # bytes of private memory that any of these may take
 RANK = 16
-TARGETS = "0.self_attn.q_proj", "0.mlp.down_proj"  # of layers 0, 10, ...: as much memory as all take, in less time
+TARGETS = [f"{k}.{layer}" for k in range(6) for layer in ("self_attn.q_proj", "mlp.down_proj")]  # small and large ones
 PLAN = "plan"
 LINES: Mapping[str, str] = {
     "similarity": "step: cluster, members: [base, tuned], threshold: 0.9",
@@ -130,10 +130,10 @@ def page(results: Mapping[str, Any]) -> str:
     busy = sum(row["others"] for row in rows) / len(rows)
     return "\n".join([*lines, "", (
         f"Two models of shape {results['shape']}, {results['bytes'] / 1e9:.2f} GB each in bf16, random numbers; "
-        f"{made['cpu']}, {made['cores']} cores, {made['ram'] / 2**30:.0f} GiB, {made['files']}, Linux {made['kernel']}; "
-        f"Python {made['python']}, torch {made['versions']['torch']}; {', '.join(days)}, commit {', '.join(commits)}. "
-        f"Four workers, the models out of the page cache before each run; other work kept {busy:.1f} cores busy. "
-        f"extract: rank {RANK} of {' and '.join(TARGETS)} in layers 0, 10, 20, ...")])
+        f"{made['cpu']}, {made['cores']} cores, {made['ram'] / 2**30:.0f} GiB, {made['files']}, Linux "
+        f"{made['kernel']}; Python {made['python']}, torch {made['versions']['torch']}; {', '.join(days)}, commit "
+        f"{', '.join(commits)}. Four workers, the models out of the page cache before each run; other work kept "
+        f"{busy:.1f} cores busy. extract: rank {RANK} of {len(TARGETS)} layers, of the smallest shape and the largest.")])
 
 
 def _beside(real: int, said: int | None, digits: int) -> tuple[str, str]:
