@@ -6,6 +6,7 @@ run or trained. What processes take before that is the same for all, and was mea
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -89,6 +90,37 @@ def extracted(layers: Mapping[str, Header], rank: int | None, nbytes: int, worke
     kept = sum(min(rank or min(shape), *shape) * sum(shape) for shape in shapes)
     # each worker has its own until all are through, then they lie together
     return Footprint(largest + kept * nbytes // number, number, kept * nbytes, exact=rank is not None)
+
+
+@dataclass(frozen=True)
+class Build:
+    """Of a transformer, as its headers tell: layers, width of these and of their MLPs, words of its head."""
+
+    layers: int
+    hidden: int
+    inner: int
+    words: int
+
+    @staticmethod
+    def of(headers: Mapping[str, Header]) -> Build | None:
+        """None where the names do not tell."""
+        table = next((header.shape for name, header in headers.items() if name.endswith(
+            ("embed_tokens.weight", "wte.weight", "embed_in.weight", "lm_head.weight"))), ())
+        layers = {found[1] for name in headers if (found := re.search(r"\.(\d+)\.", name))}
+        widths = [max(header.shape) for name, header in headers.items() if ".mlp." in name and len(header.shape) == 2]
+        return Build(len(layers), table[1], max(widths), table[0]) if len(table) == 2 and layers and widths else None
+
+    def trains(self, rows: int, length: int) -> int:
+        """Bytes of what a pass forward leaves for the way back, of so many texts of so many tokens, in fp32.
+
+        What a layer takes was measured, with what the C library does not give back: see docs/size.md. At the head the
+        logits stand four times: as they are, as logarithms, and as the gradients of both.
+        """
+        return 4 * rows * length * (self.layers * (16 * self.hidden + 8 * self.inner) + 4 * self.words)
+
+    def asks(self, rows: int, length: int) -> int:
+        """Bytes of a pass forward alone: one layer, and the logits with their logarithms."""
+        return 4 * rows * length * (2 * self.hidden + 3 * self.inner + 2 * self.words)
 
 
 def of_layer(name: str, shape: tuple[int, ...]) -> bool:

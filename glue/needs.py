@@ -14,14 +14,18 @@ from typing import Any
 
 from glue.checkpoint import Header, Weights
 from glue.errors import GlueError, NotHere, ZooError
+from glue.evaluate.batches import Cutter
 from glue.family import families
-from glue.footprint import MANY, WIDTHS, Footprint, compared, extracted, of_layer, sketched
+from glue.footprint import MANY, WIDTHS, Build, Footprint, compared, extracted, of_layer, sketched
 from glue.headers import TYPES, Recorded, factor_numbers, read_recorded
 from glue.hub import locate
 from glue.member import Member
 from glue.plan import Plan, Task, present
 from glue.snapshot import whole
+from glue.tokens import asked, trained
+from glue.tune.loop import PIECES
 
+LARGE = 50_000_000  # numbers of a model below which batches are not looked at: so little is never refused
 RUNS, TRAINS = 4, 16  # bytes a number in fp32: the number itself; and its gradient and two moments
 MODELS = ("model", "adapter", "mixture")
 
@@ -244,17 +248,38 @@ class _Counting:
         wide = WIDTHS.get(str(params.get("dtype") or ""), RUNS)
         if holds == "runs":
             number = max(1, len(members) + len(task.waits_for))
-            return Footprint(int(largest * wide), MANY if task.step == "search" else number)
+            more, exact = self._passes(task, members, largest) if task.step == "evaluate" else (0, False)
+            return Footprint(int(largest * wide) + more, MANY if task.step == "search" else number, exact=exact)
         if holds == "trains":
-            trained = self._adapter(task, members) if task.makes == "adapter" else None
+            factors = self._adapter(task, members) if task.makes == "adapter" else None
             clients = params.get("clients", 1)
             number = clients if isinstance(clients, int) else len(clients)
-            return Footprint(int(largest * wide) + trained.parameters * TRAINS if trained else largest * TRAINS, number)
+            more, exact = self._passes(task, members, largest)
+            call = int(largest * wide) + factors.parameters * TRAINS if factors else largest * TRAINS
+            return Footprint(call + more, number, exact=exact)
         if task.waits_for:
             return None
         if holds == "pieces":
             return self._merged(task, members)
         return self._looked_at(task, members) if holds else None
+
+    def _passes(self, task: Task, members: Sequence[Member], largest: int) -> tuple[int, bool]:
+        """(bytes that batches take beside the weights, whether that is known); where little is held, nobody looks."""
+        assert task.choice is not None
+        model = next((one for one in members if one.kind == "model" and present(one)), None)
+        found = self.weights(model) if model else None
+        build = Build.of(found.headers) if found else None
+        if model is None or build is None or largest < LARGE or task.state != "ready":
+            return 0, False
+        size = task.choice.params.get("batch_size")
+        if task.step == "evaluate":
+            tokens = asked(task, model)
+            rows = Cutter.of(size if isinstance(size, int) else "auto", str(task.choice.params["device"]))
+            return (build.asks(min(tokens.texts, rows.rows), tokens.longest), True) if tokens else (0, False)
+        tokens = trained(task, model)
+        if tokens is None or not isinstance(size, int):
+            return 0, False
+        return build.trains(-(-size // PIECES), tokens.longest), True
 
     def _merged(self, task: Task, members: Sequence[Member]) -> Footprint | None:
         """A merge whose members are all known."""

@@ -276,3 +276,24 @@ def test_the_single_file_counts_where_a_stale_index_lies_beside_it(tmp_path):
     write(tmp_path, shard_size=8)
     write(tmp_path, {"b": torch.ones(2)})
     assert list(Checkpoint(tmp_path)) == ["b"]
+
+
+def test_a_checkpoint_has_the_fingerprint_of_its_tensors_however_they_are_read(tmp_path):
+    shapes = {"empty": (0, 3), "one": (1,), "few": (7, 3), "many": (300, 40)}
+    tensors = {name: torch.randn(shape, generator=torch.Generator().manual_seed(k)).to(torch.bfloat16)
+               for k, (name, shape) in enumerate(shapes.items())}
+    with Writer(tmp_path, {name: Header(one.dtype, tuple(one.shape)) for name, one in tensors.items()},
+                shard_size=20_000) as writer:
+        for name, one in tensors.items():
+            writer.write(name, one)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert Checkpoint(tmp_path).fingerprint == InMemory(tensors).fingerprint == fingerprint(Checkpoint(tmp_path))
+
+
+def test_a_file_that_has_become_shorter_has_no_fingerprint(tmp_path):
+    with Writer(tmp_path, {"w": Header(torch.float32, (1000,))}) as writer:
+        writer.write("w", torch.ones(1000))
+    opened = Checkpoint(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 1000)
+    with pytest.raises(CheckpointError, match="has become shorter"):
+        _ = opened.fingerprint

@@ -13,6 +13,8 @@ from glue.checkpoint import InMemory
 from glue.family import Method
 from glue.merge import merging
 from glue.merge.engine import prepared
+from glue.merge.extract import change, held
+from glue.merge.factors import Keep
 from glue.merge.leaf import Source
 
 PIECE, ROW = 1 << 17, 1 << 10
@@ -89,3 +91,11 @@ def test_memory_is_a_few_pieces_and_does_not_grow_with_the_model(method: Method)
     small, large = peak(method, SMALL), peak(method, LARGE)
     assert large <= pieces + glance, f"{(large - glance) / PIECE / 4:.1f} pieces"
     assert large <= 1.02 * small + glance / 2 + 1e5, (small, large)  # Python's own caches come and go
+
+
+def test_a_layer_is_cut_in_no_more_memory_than_is_told():
+    one, other = (torch.randn(700, 300, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+    model, base = InMemory({"w.weight": one}), InMemory({"w.weight": other})
+    with Live() as live:
+        found = change(model, base, "w", Keep(4))
+    assert found.rank == 4 and live.peak <= held((700, 300)) + 8 * 5 * (700 + 300)
