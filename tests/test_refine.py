@@ -238,6 +238,20 @@ def test_a_dataset_is_valued_once_and_what_is_chosen_of_it_is_a_dataset_like_any
     assert len(read_items(again.folder, tokenizer, 64)) == 5
 
 
+def test_a_conversation_is_valued_by_its_last_answer_and_chosen_with_its_turns(place, tiny, tmp_path):
+    data, suite = place
+    file = data.folder / "train.jsonl"
+    before = lines_of(file)
+    turns = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"},
+             {"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+    talks = [json.dumps({**json.loads(line), "messages": turns}) for line in before]
+    plain = made(tmp_path / "plain", data=data, base=tiny("base"), suite=suite, **VALUED)
+    file.write_text("".join(f"{line}\n" for line in talks))
+    valued = made(tmp_path / "valued", data=data, base=tiny("base"), suite=suite, **VALUED)
+    assert lines_of(valued.folder / "values.jsonl") == lines_of(plain.folder / "values.jsonl")
+    assert lines_of(valued.folder / "train.jsonl") == talks
+
+
 def test_values_are_part_of_what_a_dataset_is(place, tiny, tmp_path):
     """Else a line that chooses by them would be taken for done after they have changed."""
     data, suite = place

@@ -46,6 +46,13 @@ def pairs_of(lines: list[str]) -> list[tuple[str, str]]:
     return [(line["question"], line["answer"]) for line in told]
 
 
+def asked_last(line: str) -> str:
+    """A line without the turns of its conversation: one item, its last question and answer, whatever else was said."""
+    told = json.loads(line)
+    kept = {word: value for word, value in told.items() if word != "messages"}
+    return line if kept == told else json.dumps(kept)
+
+
 def pooled(pool: Path, data: Path, dedup: bool, measured: bool) -> None:
     """Write all that may be chosen from: the train items, each once with `dedup`, and what the dataset tells of them.
 

@@ -18,7 +18,7 @@ from glue.family import Choice, Count, Field, Natural, NonNegative, Of, Positive
 from glue.files import write_aside
 from glue.member import Member, canonical
 from glue.steps import Dataset, Device, Job, Made, OnDev, Tunable, steps
-from glue.steps._refine import EXAMPLES, TRAIN, VALUES, By, Embed, Ground, lines_of, write_chosen
+from glue.steps._refine import EXAMPLES, TRAIN, VALUES, By, Embed, Ground, asked_last, lines_of, write_chosen
 
 if TYPE_CHECKING:
     from glue.refine.shapley import Valued
@@ -139,7 +139,7 @@ class Players:
         chosen = representatives(np.array([line["cluster"] for line in told]),
                                  np.array([line["distance"] for line in told]), each)
         folder.mkdir(exist_ok=True)
-        write_aside(folder / TRAIN, "".join(f"{lines[k]}\n" for some in chosen for k in some))
+        write_aside(folder / TRAIN, "".join(f"{asked_last(lines[k])}\n" for some in chosen for k in some))
         return Players(folder, tuple(cluster for cluster, some in enumerate(chosen) for _ in some))
 
 

@@ -38,7 +38,8 @@ def tune(job: Job, *, base: Tunable, data: Shares, steps: Steps, learning_rate: 
                      moments stay in fp32. auto: where the base's files hold 16 bits a number
     checkpointing    calculate what layers give again where it is needed, and do not hold it: the same bits from less
                      memory in about a third more time
-    save_every       seconds from one state in the draft to the next, of which a kill costs no more; 0: every step
+    save_every       seconds from one state in the draft to the next, of which a kill costs no more; more where writing
+                     one would take over a tenth of the time; 0: after every step
     """
     return _tuned(job, "model", base, data, None, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
                   weight_decay=weight_decay, prompt_weight=prompt_weight, schedule=schedule, warm_up=warm_up,

@@ -96,8 +96,8 @@ def with_adapter(model: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> 
         if target not in layers:
             raise GlueError(f"the base has no layer '{target}' to adapt{did_you_mean(target, layers)}",
                             fix=f"name linear layers, such as q_proj and v_proj, or say  targets: [{EVERY}]")
-    config = LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], target_modules=targets,
-                        lora_dropout=lora.get("dropout", 0.0), use_rslora=lora.get("rslora", False), task_type="CAUSAL_LM")
+    config = LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=lora.get("dropout", 0.0),
+                        use_rslora=lora.get("rslora", False), target_modules=targets, task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted: Any = get_peft_model(model, config)

@@ -39,23 +39,24 @@ class Kept:
 
     folder  nobody else's; it need not be there yet
     key     of all that the training's bits depend on: a state with another key is not gone on with
-    every   seconds from one state to the next, and so the most that a kill can cost; 0 keeps every step
+    every   seconds from one state to the next, and so what a kill can cost; where it takes longer than a tenth of that
+            to write one, ten times as long. 0 keeps every step
     unused  why a state that was there cannot be gone on with; empty where there was none
     """
 
     def __init__(self, folder: Path, key: str, every: float):
         self.folder, self.key, self.every = folder, key, every
         self.unused = ""
-        self._last = time.monotonic()
+        self._last, self._took = time.monotonic(), 0.0
 
     @property
     def due(self) -> bool:
         """Whether it is time to keep the next state."""
-        return time.monotonic() - self._last >= self.every
+        return not self.every or time.monotonic() - self._last >= max(self.every, 10 * self._took)
 
     def keep(self, state: State) -> None:
         """Write a state beside the last one, which is removed once this one is whole and synced."""
-        place = self._place(state.step)
+        began, place = time.monotonic(), self._place(state.step)
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         headers = {name: Header(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.tensors.items()}
@@ -69,6 +70,7 @@ class Kept:
             if other.is_dir() and other != place:
                 shutil.rmtree(other)
         self._last = time.monotonic()
+        self._took = self._last - began
 
     def found(self) -> State | None:
         """The state that an earlier training has left here; None, and the reason in `unused`, where it is no use."""
