@@ -222,7 +222,8 @@ def of_suite(zoo: Zoo, suite: str) -> Leaderboard:
         seen = [replace(score, seen_by_search=score.split in looked) for score in some]
         rows.append(_row_of(names, seen, found[0] if found else None, scale))
     best = _sorted(rows)
-    title = f"{suite}: {len(rows)} member{'s' * (len(rows) > 1)}"
+    ran = {dtype_of(score.how) for some in kept.values() for score in some} - {"float32"}
+    title = f"{suite}: {len(rows)} member{'s' * (len(rows) > 1)}" + f" in {', '.join(sorted(ran))}" * bool(ran)
     return _ranked(Leaderboard(title, _items(best[0]), best, (), "", notes=tuple(notes), scale=scale))
 
 
@@ -245,7 +246,10 @@ def _alike(scores: Sequence[Score]) -> tuple[dict[str, list[Score]], list[str]]:
         by_task[task] = max(reversed(ways.values()), key=len)  # of equally many the newest
         apart_ = {digest for way in ways.values() for digest in way} - set(by_task[task])
         if apart_:
-            notes.append(f"{task}: {_some(names, apart_)} left out, measured on other items or in another way")
+            other = {dtype_of(how) for (_, how), some in ways.items() if apart_ & set(some)}
+            other -= {dtype_of(score.how) for score in by_task[task].values()}
+            notes.append(f"{task}: {_some(names, apart_)} left out, measured on other items or in another way"
+                         + f" (in {', '.join(sorted(other))})" * bool(other))
     most = max(len(some) for some in by_task.values())
     tasks = [task for task, some in by_task.items() if len(some) == most]
     everyone = set.intersection(*(set(by_task[task]) for task in tasks))
@@ -256,6 +260,13 @@ def _alike(scores: Sequence[Score]) -> tuple[dict[str, list[Score]], list[str]]:
     if lacking := set(names) - everyone:
         notes.append(f"{_some(names, lacking)} left out, not measured on all tasks")
     return {digest: [by_task[task][digest] for task in tasks] for digest in names if digest in everyone}, notes
+
+
+def dtype_of(how: str) -> str:
+    """What members ran in when a score was measured so; fp32 where it does not say."""
+    with suppress(ValueError, AttributeError):
+        return str(json.loads(how).get("dtype", "float32"))
+    return "float32"
 
 
 def _some(names: Mapping[str, str], digests: Iterable[str]) -> str:

@@ -16,6 +16,15 @@ from glue.member import Member
 settings.register_profile("house", deadline=None, derandomize=True)
 settings.load_profile("house")
 
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs an accelerator where there is none; pytest counts it as deselected."""
+    left = [] if torch.cuda.is_available() else [item for item in items if item.get_closest_marker("gpu")]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
+
+
 WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{k}": k for k in range(3, 40)}}
 
 
@@ -58,6 +67,23 @@ def word_tokenizer(words: dict[str, int]):
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def asked_zoo(tmp_path, tiny) -> Path:
+    """A zoo of two tiny models, m and n, and a suite `own` of 40 questions."""
+    lines = [{"question": f"w{3 + k % 37} w{3 + k // 7} w5 w9", "choices": [f"w{8 + k % 11}", f"w{20 + k % 9}", "w7"],
+              "gold": k % 3, "answer": "w7"} for k in range(40)]
+    lines = [{**line, "answer": line["choices"][line["gold"]]} for line in lines]
+    (tmp_path / "data").mkdir()
+    for split in ("dev", "test"):
+        (tmp_path / f"data/{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "zoo.yaml").write_text(f"members:\n  m: {{path: {tiny('m').path}}}\n  n: {{path: "
+                                       f"{tiny('n', seed=1).path}}}\n  asked: {{path: data, kind: dataset}}\n")
+    (tmp_path / "benchmarks/suites").mkdir(parents=True)
+    (tmp_path / "benchmarks/suites/own.yaml").write_text(
+        "tasks:\n  t: {data: asked, output: choice, metric: acc, chance: 0.33}\n")
+    return tmp_path
 
 
 @pytest.fixture

@@ -41,8 +41,10 @@ FENCES = {"lm_eval": {"evaluate/lm_eval.py"}, "mergekit": {"merge/mergekit/peer.
           "typer": {"cli.py", "cli_federate.py", "cli_serve.py", "cli_zoo.py"},
           "yaml": {"document.py", "evaluate/suite.py"},
           "sklearn": {"refine/"}, "tokenizers": {"tune/"}, "pyarrow": {"tune/records.py"},
+          "accelerate": {"kinds/"}, "bitsandbytes": set(),
           "huggingface_hub": {"hub.py", "download.py"}, "filelock": {"files.py"}}
-HEAVY = ("transformers", "peft", "lm_eval", "mergekit", "flwr", "ray", "fastapi", "matplotlib", "sklearn", "datasets")
+HEAVY = ("transformers", "peft", "accelerate", "bitsandbytes", "lm_eval", "mergekit", "flwr", "ray", "fastapi",
+         "matplotlib", "sklearn", "datasets")
 
 
 def layer(path: Path) -> str:

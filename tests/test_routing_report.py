@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from glue.errors import MethodError, ZooError
 from glue.evaluate.suite import Suite, Task
 from glue.family import families
-from glue.kinds import Running, load
+from glue.kinds import Place, Running, load
 from glue.member import Member, Origin, Score, Table, canonical
 from glue.mix.regret import (
     adjusted_information,
@@ -282,7 +282,7 @@ def glued(tiny, tmp_path, measured) -> tuple[Member, list[Member], np.ndarray]:
 
 def test_a_worker_tells_the_route_that_a_mixture_takes_for_each_item(glued, measured):
     mixture, _, wins = glued
-    assert np.array_equal(work(mixture, 2, measured)["words"][:, 0], wins)
+    assert np.array_equal(work(mixture, 2, measured, Place())["words"][:, 0], wins)
 
 
 def test_a_mixture_by_text_is_asked_for_texts_and_not_for_tokens(monkeypatch, measured):
@@ -292,8 +292,8 @@ def test_a_mixture_by_text_is_asked_for_texts_and_not_for_tokens(monkeypatch, me
         asked.extend(texts)
         return [len(text.split()) % 2 for text in texts]
 
-    monkeypatch.setattr("glue.kinds.load", lambda member: Running(member, None, None, choose=choose))
-    found = work(Member("m", "mixture", "nowhere"), 2, measured)["words"]
+    monkeypatch.setattr("glue.kinds.load", lambda member, **how: Running(member, None, None, choose=choose))
+    found = work(Member("m", "mixture", "nowhere"), 2, measured, Place())["words"]
     assert asked == [item.question for item in measured.items()["words"]]
     assert np.array_equal(found[:, 0].argmax(1), [1, 0, 1, 0, 0, 1]) and found.shape == (6, 1, 2)
 
@@ -305,7 +305,7 @@ def test_the_step_leaves_a_table_of_all_of_them_and_a_note_that_is_reported(glue
     columns = {"glued": wins.max(1), "one": wins[:, 0], "two": wins[:, 1]}  # known, so that nothing is evaluated
     (job / "scores.jsonl").write_text("".join(canonical(Score(
         name, name, "words:test", "words", "acc", tuple(values), measured.digests()["words"],
-        evaluating._how(measured.suite.tasks[0])).as_dict()) + "\n" for name, values in columns.items()))
+        evaluating._how(measured.suite.tasks[0], "float32")).as_dict()) + "\n" for name, values in columns.items()))
     with Workers(0) as workers:
         made = routing(Job("r/routes", table, 0, workers, job), members=[mixture], experts=experts[::-1],
                        suite=measured)

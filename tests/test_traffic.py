@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from glue.cli import app
 from glue.errors import MethodError, Mistakes, ZooError
 from glue.identity import identify
-from glue.kinds import load
+from glue.kinds import Place, load
 from glue.kinds.endpoint import connect
 from glue.kinds.link import Sent, Traffic
 from glue.kinds.text import continued
@@ -88,7 +88,7 @@ def test_without_drafts_every_token_is_a_call_and_drafts_and_truncation_save_wha
 
 def test_only_numbers_of_tokens_leave_the_device(plan, tmp_path):
     """What goes over the network while a text is written, all of it: no text, no logits, nothing of the pair."""
-    with served(plan["large"]) as url:
+    with served(plan["large"], Place()) as url:
         connect(tmp_path / "far", url, tokenizer=plan["large"])
         sent: list[Sent] = []
         device = Device(plan["adapted"], Member("far", "endpoint", str(tmp_path / "far")), Way(4, 16, 12, 4),
@@ -114,7 +114,7 @@ def test_drafting_with_everything_here_writes_what_the_member_writes(plan, place
 
 
 def test_a_member_that_runs_elsewhere_is_connected_to_and_scores_what_it_scores_here(plan, place):
-    with served(plan["large"]) as url:
+    with served(plan["large"], Place()) as url:
         options = ["--zoo", str(place / "zoo.yaml")]
         done = CliRunner().invoke(app, ["zoo", "connect", url, "--name", "far", "--tokenizer", "t/large", *options])
         assert done.exit_code == 0 and "tells full of" in done.output, done.output
@@ -156,6 +156,6 @@ def test_ways_that_make_no_sense_are_refused_while_planning(place, tmp_path, lin
 
 def test_only_a_proxy_has_a_small_model_that_drafts_and_only_traffic_has_a_report(plan):
     with pytest.raises(MethodError, match="'t/large' is a model: it has no small model that could draft"):
-        drafting(plan["large"], Way())
+        drafting(plan["large"], Way(), Place())
     with pytest.raises(ZooError, match="is not what a traffic step has left"):
         read(plan["scored"])

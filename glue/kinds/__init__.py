@@ -97,9 +97,11 @@ class Place:
         from glue.kinds.device import named
         from glue.kinds.frame import architecture
 
-        shape = sha256(architecture(running.member).encode()).hexdigest()[:12]
-        running.room = Room(self.notes and self.notes / NOTES, f"{running.member.kind} {shape} in {self.dtype} on "
-                                                               f"{named(self.device)}", self.batch_size)
+        file, key = None, ""
+        if self.notes is not None:
+            shape = sha256(architecture(running.member).encode()).hexdigest()[:12]
+            file, key = self.notes / NOTES, f"{running.member.kind} {shape} in {self.dtype} on {named(self.device)}"
+        running.room = Room(file, key, self.batch_size)
         return running
 
 

@@ -12,6 +12,7 @@ layer; what they have no room for waits in the processor's memory and, last of a
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -28,7 +29,9 @@ AUTO, ANY_GPU = "auto", "cuda"
 WORKER = "GLUE_WORKER"  # in the environment of a worker process: which of them it is, counted from 0
 ROOM = 0.85  # of what is free on a device, how much weights may take; activations and caches have the rest
 BITS = {"nf4": 4.5, "int8": 8.25}  # of a weight of a linear layer, its share of the scales included
-OUTSIDE = ("embed", "wte", "wpe", "lm_head")  # in names of matrices that are not quantised
+WHOLE = ["lm_head", "embed_out", ".*router"]  # modules that are not quantised: what writes, and what chooses
+OUTSIDE = re.compile(r"embed|wte|wpe|lm_head|router|^(?!trunk\.).*\.experts\.\d")  # nor are these matrices: tables, and
+# experts of architectures that are not ours, which become one tensor
 
 
 def device_of(word: str) -> str:
@@ -108,7 +111,7 @@ def footprint(headers: Mapping[str, Header], dtype: Dtype) -> int:
     def bits(name: str, header: Header) -> float:
         if dtype == "auto" or not header.dtype.is_floating_point:
             return 8 * header.dtype.itemsize
-        linear = len(header.shape) == 2 and not any(word in name for word in OUTSIDE)
+        linear = len(header.shape) == 2 and not OUTSIDE.search(name)
         return BITS[dtype] if linear and dtype in QUANTISED else 8 * as_torch(dtype).itemsize
 
     return int(sum(header.numel * bits(name, header) / 8 for name, header in headers.items()))
@@ -124,8 +127,9 @@ def _numbers(dtype: Dtype) -> dict[str, Any]:
         return {"dtype": dtype if dtype == "auto" else as_torch(dtype)}
     from transformers import BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(load_in_8bit=True) if dtype == "int8" else BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=as_torch(dtype))
+    config = BitsAndBytesConfig(
+        load_in_8bit=dtype == "int8", load_in_4bit=dtype == "nf4", llm_int8_skip_modules=WHOLE,
+        bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=as_torch(dtype))
     return {"dtype": as_torch(dtype), "quantization_config": config}
 
 
