@@ -14,7 +14,7 @@ from typing import Any
 
 from glue.checkpoint import Header, Weights
 from glue.errors import GlueError, NotHere, ZooError
-from glue.evaluate.batches import Cutter
+from glue.kinds.batches import Cutter
 from glue.family import families
 from glue.footprint import MANY, WIDTHS, Build, Footprint, compared, extracted, of_layer, sketched
 from glue.headers import TYPES, Recorded, factor_numbers, read_recorded
