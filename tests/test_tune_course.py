@@ -286,6 +286,9 @@ def test_items_side_by_side_in_one_array_are_what_was_put_there():
     assert list(found) == wanted and found[-1] == wanted[-1] and found[1:3] == wanted[1:3] and len(found) == 4
     with pytest.raises(IndexError):
         found[4]
+    found.left_out, found.shortened = 3, 2
+    again = Items.of(found.tensors())
+    assert list(again) == wanted and (again.left_out, again.shortened) == (3, 2)
 
 
 # -- the curve --

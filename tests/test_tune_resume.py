@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from glue.identity import identify
+from glue.tune import reading
 from glue.tune.distill import distill
 from glue.tune.finetune import finetune
 from glue.tune.kept import STATE, Kept, State
@@ -124,7 +125,7 @@ def _cut_off(folder: Path) -> str:
 
 def _other_step(folder: Path) -> str:
     note = folder / STATE
-    note.write_text(note.read_text().replace(f'"step":{ENDED}', '"step":2'))
+    note.write_text(note.read_text().replace(f"{ENDED:09d}", f"{2:09d}"))
     return "key"
 
 
@@ -174,6 +175,23 @@ def test_a_kill_while_a_state_is_written_leaves_the_one_before(tmp_path, monkeyp
 def test_states_are_kept_as_often_as_is_said(tmp_path, teach):
     teach(tmp_path / "out", kept=Kept(tmp_path / "state", "key", 1e9))
     assert not (tmp_path / "state").exists(), "a training that is shorter than that writes none"
+
+
+def test_tokens_that_took_long_to_make_are_not_made_again(tmp_path, teach, monkeypatch):
+    monkeypatch.setattr(reading, "LONG", -1.0)
+    more = {"reading": Reading(max_length=7, too_long="cut")}
+    calm = teach(tmp_path / "calm", **more)
+    with pytest.raises(Ended):
+        teach(tmp_path / "struck", ending(ENDED), kept=Kept(tmp_path / "state", "key", 0), **more)
+    with monkeypatch.context() as patched:
+        patched.setattr(reading, "read_items", None)
+        again = teach(tmp_path / "struck", kept=Kept(tmp_path / "state", "key", 0), **more)
+    assert (again.resumed, again.loss, again.left_out, again.cut) == (ENDED, calm.loss, calm.left_out, calm.cut)
+    assert calm.left_out and calm.cut and identify(tmp_path / "struck") == identify(tmp_path / "calm")
+    file, = (tmp_path / "state/read").iterdir()
+    file.write_bytes(file.read_bytes()[:-50])
+    damaged = teach(tmp_path / "struck", kept=Kept(tmp_path / "state", "key", 0), **more)
+    assert damaged.loss == calm.loss and damaged.unused == "", "tokens that are damaged are made again"
 
 
 def test_a_student_and_a_new_model_go_on_too(tmp_path, tiny, dataset):

@@ -54,7 +54,8 @@ def distill(out: Path, *, teacher: Member, student: Member, data: Sequence[tuple
         raise MethodError(f"'{teacher.name}' is a mixture by text: it has no logits of its own",
                           fix="distil a mixture at another level, or one of the experts")
     limit = min(longest(running.model, running.tokenizer) for running in (says, learns))
-    found = read(data, learns.tokenizer, limit, steps=steps, batch_size=batch_size, seed=seed, reading=reading)
+    found = read(data, learns.tokenizer, limit, steps=steps, batch_size=batch_size, seed=seed, reading=reading,
+                 kept=kept)
     model: Any = learns.model.requires_grad_(True)
     curve = train(model, found.batches, steps=found.steps, learning_rate=learning_rate, weight_decay=weight_decay,
                   prompt_weight=prompt_weight, report=report, loss=agreeing(asked(says), known.size, temperature),

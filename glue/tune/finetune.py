@@ -57,7 +57,7 @@ def finetune(out: Path, *, base: Path, data: Sequence[tuple[Path, float]], steps
         model = PeftModel.from_pretrained(model, below).merge_and_unload()  # type: ignore[assignment, operator]
     model.to(device)  # type: ignore[arg-type]
     found = read(data, tokenizer, model.config.max_position_embeddings, steps=steps, batch_size=batch_size, seed=seed,
-                 reading=reading)
+                 reading=reading, kept=kept)
     trained: Any = model if lora is None else with_adapter(model, lora, seed)
     curve = train(trained, found.batches, steps=found.steps, learning_rate=learning_rate, weight_decay=weight_decay,
                   prompt_weight=prompt_weight, report=report, course=replace(course, bfloat16=half), seed=seed,

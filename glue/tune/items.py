@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
 
 from glue.errors import GlueError
 from glue.tune.formats import TALKS, answers
@@ -65,6 +68,27 @@ class Items(Sequence[Item]):
         self._tokens.extend(item.tokens)
         self._ends.append(len(self._tokens))
         self._questions.append(item.question)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it as tensors, of which `of` makes the same again."""
+        spans = [(k, start, end) for k, some in self._answers.items() for start, end in some]
+        return {"tokens": torch.tensor(self._tokens, dtype=torch.int32),
+                "ends": torch.tensor(self._ends, dtype=torch.int64),
+                "questions": torch.tensor(self._questions, dtype=torch.int32),
+                "answers": torch.tensor(spans, dtype=torch.int64).reshape(-1, 3),
+                "apart": torch.tensor([self.left_out, self.shortened])}
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> Items:
+        """What these tensors were made of."""
+        found = Items()
+        found.left_out, found.shortened = tensors["apart"].tolist()
+        found._tokens, found._questions = (array("i", tensors[name].numpy().tobytes())
+                                           for name in ("tokens", "questions"))
+        found._ends = array("q", tensors["ends"].numpy().tobytes())
+        for k, start, end in tensors["answers"].tolist():
+            found._answers[k] = (*found._answers.get(k, ()), (start, end))
+        return found
 
     def __len__(self) -> int:
         return len(self._questions)

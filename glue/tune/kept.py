@@ -18,7 +18,7 @@ from glue.files import write_aside
 from glue.member import canonical
 from glue.writer import Writer
 
-STATE = "state.json"  # names the newest whole state; until it does, the one before counts
+STATE = "state.json"  # names the newest whole state
 
 
 class State(NamedTuple):
@@ -56,35 +56,44 @@ class Kept:
 
     def keep(self, state: State) -> None:
         """Write a state beside the last one, which is removed once this one is whole and synced."""
-        began, place = time.monotonic(), self._place(state.step)
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        headers = {name: Header(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.tensors.items()}
-        with Writer(place, headers) as writer:
-            for name, tensor in state.tensors.items():
-                writer.write(name, tensor.detach().cpu())
-            digest = writer.close()
-        note = canonical({"key": self.key, "step": state.step, "digest": digest, "told": state.told})
-        write_aside(self.folder / STATE, f"{sha256(note.encode()).hexdigest()}\n{note}")
+        began, place = time.monotonic(), f"{state.step:09d}"
+        self.put(STATE, place, state.tensors, state.told)
         for other in self.folder.iterdir():
-            if other.is_dir() and other != place:
+            if other.name.isdigit() and other.name != place:
                 shutil.rmtree(other)
         self._last = time.monotonic()
         self._took = self._last - began
 
     def found(self) -> State | None:
         """The state that an earlier training has left here; None, and the reason in `unused`, where it is no use."""
+        place, tensors, told = self.got(STATE) or ("", {}, {})
+        return State(int(place), tensors, told) if place.isdigit() else None
+
+    def put(self, note: str, place: str, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> None:
+        """Write tensors into a folder here, and then a note that tells of them; until then the note before counts."""
+        shutil.rmtree(self.folder / place, ignore_errors=True)
+        (self.folder / place).mkdir(parents=True)
+        headers = {name: Header(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        with Writer(self.folder / place, headers) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor.detach().cpu())
+            digest = writer.close()
+        text = canonical({"key": self.key, "place": place, "digest": digest, "told": told})
+        write_aside(self.folder / note, f"{sha256(text.encode()).hexdigest()}\n{text}")
+
+    def got(self, note: str) -> tuple[str, Mapping[str, Tensor], dict[str, Any]] | None:
+        """The folder, the tensors and what was told; None, and the reason in `unused`, where they are no use."""
         try:
-            total, _, told = (self.folder / STATE).read_text(encoding="utf-8").partition("\n")
-            if sha256(told.encode()).hexdigest() != total:
-                self.unused = f"{STATE} is damaged"
+            total, _, text = (self.folder / note).read_text(encoding="utf-8").partition("\n")
+            if sha256(text.encode()).hexdigest() != total:
+                self.unused = f"{note} is damaged"
                 return None
-            note = json.loads(told)
-            if note["key"] != self.key:
+            record = json.loads(text)
+            if record["key"] != self.key:
                 self.unused = "it is of a training with other data or settings"
                 return None
-            tensors = Checkpoint(self._place(note["step"]))
-            if weights_digest(tensors) != note["digest"]:
+            tensors = Checkpoint(self.folder / record["place"])
+            if weights_digest(tensors) != record["digest"]:
                 self.unused = "its tensors are damaged"
                 return None
         except FileNotFoundError:
@@ -92,11 +101,8 @@ class Kept:
         except (OSError, ValueError, KeyError, TypeError, RecursionError, GlueError) as problem:
             self.unused = f"it is damaged: {one_line(str(problem), 120)}"
             return None
-        return State(note["step"], tensors, note["told"])
+        return record["place"], tensors, record["told"]
 
     def end(self) -> None:
         """Remove it: the training's product is there."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _place(self, step: int) -> Path:
-        return self.folder / f"{step:09d}"

@@ -48,7 +48,7 @@ def pretrain(out: Path, *, data: Sequence[tuple[Path, float]], vocabulary: Seque
     config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     found = read(data, tokenizer, config.max_position_embeddings, steps=steps, batch_size=batch_size, seed=seed,
-                 reading=reading)
+                 reading=reading, kept=kept)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
