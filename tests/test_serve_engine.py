@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -224,6 +226,31 @@ def test_a_batch_that_fails_fails_its_requests_and_the_next_is_answered(running)
         assert (await engine.submit(Job([row(running, [5], 3)])).events.get()).finish == "length"
 
     engine_run(engine, work)
+
+
+def test_prompts_that_are_too_many_for_the_memory_are_read_by_halves_and_fewer_from_then_on(running, monkeypatch):
+    engine, small, plain, read = Engine(8, 8, Metrics()), replace(running), running.model.forward, []
+
+    def forward(input_ids=None, **asked):
+        if input_ids.shape[1] > 1:
+            if len(input_ids) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory (as told)")
+            read.append(len(input_ids))
+        return plain(input_ids=input_ids, **asked)
+
+    forward.__signature__ = inspect.signature(plain)
+    monkeypatch.setattr(running.model, "forward", forward)
+
+    async def work():
+        job = engine.submit(Job([row(small, [5 + k, 6], 4) for k in range(7)]))
+        for _ in job.rows:
+            assert (await job.events.get()).finish == "length"
+        return [each.tokens for each in job.rows]
+
+    told = engine_run(engine, work)
+    assert small.room.halved == 2 and max(read) <= 2 and sum(read) == 7
+    monkeypatch.undo()
+    assert told == [finished([row(running, [5 + k, 6], 4)])[0].tokens for k in range(7)]
 
 
 def test_an_engine_that_stops_finishes_what_is_there_and_takes_nothing_more(running):

@@ -176,9 +176,9 @@ class Engine:
         rows = list(batch.rows)
         if rows:
             self._guarded([row.job for row in rows], batch.step)
-        if batch.left:
-            self._batches.append(Batch(batch.left))
-            rows, batch.left = [row for row in rows if not any(row is other for other in batch.left)], []
+        if left := batch.left:
+            rows, batch.left = [row for row in rows if not any(row is other for other in left)], []
+            self._batches += [Batch(left[k:k + len(rows)]) for k in range(0, len(left), len(rows))]  # as many as fitted
         for row in rows:
             if row.job.over:
                 continue
