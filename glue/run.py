@@ -28,10 +28,8 @@ from glue.plan import Plan, Task, make_plan
 from glue.recipe import Recipe
 from glue.stamp import stamp
 from glue.steps import RUNS, Job, Made
-from glue.workers import Workers
+from glue.workers import RECORDED, Workers
 from glue.zoo import Zoo
-
-RECORDED = ("glue", "torch", "transformers", "numpy", "safetensors", "lm_eval")
 
 
 class Watcher:

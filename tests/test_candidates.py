@@ -325,15 +325,6 @@ def test_any_number_of_workers_finds_the_same(place):
         assert told(searched(place(f"by-{number}", SEARCHES), Workers(number))) == alone
 
 
-@pytest.mark.slow
-def test_any_number_of_workers_on_ray_finds_the_same(place):
-    from glue.workers_ray import RayWorkers
-
-    alone = told(searched(place("alone", SEARCHES), Workers(0)))
-    for number in (1, 2, 4):
-        assert told(searched(place(f"on-{number}", SEARCHES), RayWorkers(number))) == alone
-
-
 COUNTED = """
 import os
 import signal

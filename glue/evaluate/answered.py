@@ -35,8 +35,10 @@ class Answered:
         self.halved = 0
         self.told: Callable[[int], None] = lambda requests: None
         self._known: dict[str, list[Any] | None] = {}
-        for line in map(json.loads, whole_lines(file) if file else ()):
-            self._known[line["batch"]] = line["answers"]
+        for line in whole_lines(file) if file else ():
+            with suppress(ValueError):  # two machines may have written, if one was cut off and did not know it yet
+                told = json.loads(line)
+                self._known.setdefault(told["batch"], told["answers"])
 
     def each(self, how: Sequence[str], requests: Sequence[Any], cut: Cut,
              ask: Callable[[list[int]], list[Any]]) -> list[Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
-from glue.errors import MethodError
+from glue.errors import MethodError, RunError
 from glue.family import Natural, NonNegative
 from glue.member import Member, Score, Table, canonical
 from glue.steps import Job, Made, Measured, OnSuite, Takes, steps
@@ -60,6 +60,9 @@ def traffic(job: Job, *, member: Proxied, suite: OnSuite, ways: list[dict[str, A
     round_trips  milliseconds: the first items are asked again as if the server were so far away, and timed
     timed        how many items those are
     """
+    if job.workers.apart and member.base is not None and member.base.kind != "endpoint":
+        raise RunError(f"the large member of '{member.name}' is served by this machine for itself alone, and these "
+                       f"workers are on others", fix="run this recipe with  --on here, or name a proxy of an endpoint")
     told = [Way.of(way) for way in ways]
     tasks = [task for task in suite.suite.tasks if task.output == "generate"]
     items = suite.items()
