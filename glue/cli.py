@@ -6,8 +6,8 @@ Everything heavy is imported inside the commands, so that help appears at once.
 from __future__ import annotations
 
 import json
-import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +31,8 @@ RunsIn = Annotated[str, typer.Option("--dtype", help="What models run in: float3
 AtOnce = Annotated[str, typer.Option("--batch-size", help="Of every line that can choose: a number, or auto.")]
 Lenient = Annotated[bool, typer.Option("--lenient", help="Unknown words of a merge config are notes, not errors.")]
 Force = Annotated[bool, typer.Option("--force", help="Begin also with what does not seem to fit.")]
+On = Annotated[str, typer.Option(help="Where workers run: here, ray, or a cluster: host:port, ray://host:port.")]
+Gpus = Annotated[float, typer.Option(min=0, help="GPUs of each worker on Ray; a part of one below 1.")]
 Untie = Annotated[bool, typer.Option("--untie", help="Where only some have an output layer, take others' embedding.")]
 
 
@@ -59,11 +61,12 @@ def main() -> None:
 
 @app.command()
 def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
-        workers: Annotated[int | None, typer.Option(help="Processes; default: one a core, at most 4.")] = None,
+        workers: Annotated[int | None, typer.Option(
+            help="Processes; default: one a core, at most 4; on a cluster as many as it has room for.")] = None,
         threads: Annotated[int, typer.Option(help="Threads of each process; more than one may change last bits.")] = 1,
         full: Annotated[bool, typer.Option(help="Run with each seed of the recipe's `full`; write boards.")] = False,
-        on: Annotated[str, typer.Option(help="Where workers run: here or ray.")] = "here",
-        device: OnDevice = "", dtype: RunsIn = "", batch_size: AtOnce = "", force: Force = False,
+        on: On = "here", gpus: Gpus = 0, device: OnDevice = "", dtype: RunsIn = "", batch_size: AtOnce = "",
+        force: Force = False,
         fetch: Annotated[bool, typer.Option("--fetch", help="First bring from the hub what is missing.")] = False,
         quiet: Quiet = False, as_json: Json = False) -> None:
     """Make everything a recipe asks for; what exists already is not made again."""
@@ -82,8 +85,9 @@ def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
     plans = []
     for one in seeds:
         read, found = read_recipe(recipe, seed=one, wide=_wide(device, dtype, batch_size)), opened(zoo)
-        with _workers(on, workers, threads) as pool, progress(quiet) as watcher:
+        with _workers(on, workers, threads, gpus, found.folder) as pool, progress(quiet) as watcher:
             plans.append(make(read, found, pool, watcher, force=force))
+        _tell_lost(pool, quiet)
         if read.board:
             print_board(leaderboard(plans[-1]), as_json)
         if not as_json:
@@ -103,13 +107,14 @@ def plan(recipe: Annotated[Path, typer.Argument(help="A recipe, or a merge confi
     from glue.plan import make_plan
     from glue.recipe import read_recipe
     from glue.show.plans import print_orders, print_plan
+    from glue.workers import cores
 
     if is_config(recipe):
         settings = Settings(seed or 0, lenient=lenient, untie=untie)
         print_orders(orders(recipe, Path(f"{recipe.stem}-merged"), settings, _zoo_or_none(zoo)), as_json, workers)
     else:
         read = read_recipe(recipe, seed=seed, wide=_wide(device, dtype, batch_size))
-        print_plan(make_plan(read, opened(zoo), missing=True), as_json, _cores() if workers is None else workers)
+        print_plan(make_plan(read, opened(zoo), missing=True), as_json, cores() if workers is None else workers)
 
 
 @app.command()
@@ -124,7 +129,8 @@ def merge(config: Annotated[Path, typer.Argument(help="A config of mergekit, or 
           allow_nan: Annotated[bool, typer.Option(help="Write numbers that are not finite.")] = False,
           lenient: Lenient = False, untie: Untie = False,
           overwrite: Annotated[bool, typer.Option(help="What is in OUT is set aside, not refused.")] = False,
-          force: Force = False, zoo: ZooFile = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
+          on: On = "here", force: Force = False, zoo: ZooFile = HERE, quiet: Quiet = False,
+          as_json: Json = False) -> None:
     """Merge models as a YAML of mergekit says, unmodified. A merge that was killed goes on where it was."""
     from glue.merges import merge_file
     from glue.orders import Settings
@@ -133,8 +139,13 @@ def merge(config: Annotated[Path, typer.Argument(help="A config of mergekit, or 
     from glue.show.terminal import bar
 
     settings = Settings(seed, dtype, out_dtype, size(shard_size), device, allow_nan, lenient, untie, overwrite)
-    with bar(quiet or as_json) as report:
-        done = merge_file(config, out, settings, _zoo_or_none(zoo), workers, report, force=force)
+    if on != "here" and device != "cpu":
+        raise GlueError(f"with --device {device} one process does the work, and not workers on {on}",
+                        fix="leave out --on, or --device")
+    with nullcontext() if on == "here" else _workers(on, workers, 1, 0, out.absolute().parent) as pool, \
+            bar(quiet or as_json) as report:
+        done = merge_file(config, out, settings, _zoo_or_none(zoo), workers, report, pool, force=force)
+    _tell_lost(pool, quiet)
     print_merged(done, as_json)
 
 
@@ -175,14 +186,14 @@ def evaluate(members: Annotated[list[str], typer.Argument(help="Names, or tag:x.
              from_lm_eval: Annotated[Path | None, typer.Option(
                  "--import", help="Measure nothing: take what lm-eval's own command has left in this folder.")] = None,
              device: OnDevice = "", dtype: RunsIn = "", batch_size: AtOnce = "", zoo: ZooFile = HERE,
-             workers: int | None = None, force: Force = False, quiet: Quiet = False, as_json: Json = False) -> None:
+             workers: int | None = None, on: On = "here", gpus: Gpus = 0, force: Force = False, quiet: Quiet = False,
+             as_json: Json = False) -> None:
     """Measure members on a suite with lm-eval, and show the table. The same as a recipe with one evaluate line."""
     from glue.board import of_suite, plain
     from glue.care import imported
     from glue.once import step
     from glue.show.boards import print_board
     from glue.show.terminal import progress
-    from glue.workers import Workers
 
     found = opened(zoo)
     if from_lm_eval:
@@ -191,10 +202,11 @@ def evaluate(members: Annotated[list[str], typer.Argument(help="Names, or tag:x.
         return
     if not suite:
         raise GlueError("it is not said what to measure", fix="--suite tiny:test, or  --import DIR  of lm-eval")
-    with Workers(_cores() if workers is None else workers) as pool, progress(quiet) as watcher:
+    with _workers(on, workers, 1, gpus, found.folder) as pool, progress(quiet) as watcher:
         names = [member.name for word in members for member in found.select(word)]  # a recipe's tag:x sees less
         done = step(found, "scores", "evaluate",
                     {"members": names, "suite": suite, **_wide(device, dtype, batch_size)}, pool, watcher, force=force)
+    _tell_lost(pool, quiet)
     print_board(plain(done, done["scores"]), as_json)
 
 
@@ -203,7 +215,8 @@ def reproduce(what: Annotated[str, typer.Argument(help="The folder of a product,
               search: Annotated[bool, typer.Option("--search", help="Search again, not only its recorded choice.")]
               = False, workers: int | None = None,
               threads: Annotated[int, typer.Option(help="As recorded, for the same last bits.")] = 1,
-              device: OnDevice = "", zoo: ZooFile = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
+              on: On = "here", gpus: Gpus = 0, device: OnDevice = "", zoo: ZooFile = HERE, quiet: Quiet = False,
+              as_json: Json = False) -> None:
     """Make a product again from its own folder and the inputs that it names, and compare digest by digest.
 
     Exit code 1 where the result, or an input, is not what it was.
@@ -211,8 +224,10 @@ def reproduce(what: Annotated[str, typer.Argument(help="The folder of a product,
     from glue.reproduce import reproduce as again
     from glue.show.reproduction import print_reproduction, working
 
-    with _workers("here", workers, threads) as pool, working(quiet or as_json) as report:
-        done = again(what, opened(zoo), pool, search=search, device=device, report=report)
+    found = opened(zoo)
+    with _workers(on, workers, threads, gpus, found.folder) as pool, working(quiet or as_json) as report:
+        done = again(what, found, pool, search=search, device=device, report=report)
+    _tell_lost(pool, quiet)
     print_reproduction(done, as_json)
     if not done.equal:
         raise typer.Exit(1)
@@ -309,25 +324,28 @@ def _zoo_or_none(file: Path) -> Any:
     return opened(file) if file.exists() or file != HERE else None
 
 
-def _workers(on: str, number: int | None, threads: int) -> Any:
-    """Processes here, or actors on Ray."""
+def _workers(on: str, number: int | None, threads: int, gpus: float, folder: Path) -> Any:
+    """Processes here, or actors on Ray, whose nodes must see the folder."""
     from glue.errors import RunError, did_you_mean
-    from glue.workers import Workers
+    from glue.workers import Workers, cores
 
-    if on not in ("here", "ray"):
-        raise RunError(f"there are no workers on '{on}'{did_you_mean(on, ('here', 'ray'))}",
-                       fix="--on here, or --on ray")
-    number = _cores() if number is None else number
     if on == "here":
-        return Workers(number, threads)
-    from glue.workers_ray import RayWorkers
+        if gpus:
+            raise RunError("GPUs are asked of Ray, and these workers are processes of this machine",
+                           fix="--on ray --gpus 1, or leave out --gpus")
+        return Workers(cores() if number is None else number, threads)
+    from glue.workers_ray import RayWorkers, is_address
 
-    return RayWorkers(number, threads)
+    if on != "ray" and not is_address(on):
+        raise RunError(f"there are no workers on '{on}'{did_you_mean(on, ('here', 'ray'))}",
+                       fix="--on here, --on ray, --on ray://host:port, or  --on host:port")
+    return RayWorkers(number or 0, threads, on=on, folder=folder, gpus=gpus)
 
 
-def _cores() -> int:
-    """Cores that are ours, at most 4: each worker may hold a whole model."""
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+def _tell_lost(pool: Any, quiet: bool) -> None:
+    """Say that workers were lost, and that this did no harm."""
+    if pool is not None and pool.lost and not quiet:
+        print(f"{len(pool.lost)} times a worker was lost, and others did its work: {pool.lost[-1]}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+ASIDE = re.compile(r"\..+\.[0-9]+\.[0-9]{9,}")  # what `write_aside` calls a file until it is whole
 BLOCK = 65536  # bytes that are read at once in search of the end of a line
 
 
@@ -56,11 +58,14 @@ def point(link: Path, folder: Path) -> None:
 def publish(draft: Path, final: Path) -> Path | None:
     """Rename a finished folder into place, every file synced first.
 
+    What a killed process was writing aside is no part of it and is removed.
     What stood there is never deleted, since it may have been changed by hand: it is kept as `<name>.replaced-<n>`,
     which is returned. `glue zoo gc` lists it.
     """
-    for file in draft.rglob("*"):
-        if file.is_file():
+    for file in list(draft.rglob("*")):
+        if ASIDE.fullmatch(file.name):
+            file.unlink(missing_ok=True)
+        elif file.is_file():
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
         elif file.is_dir():

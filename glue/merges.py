@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -94,11 +94,12 @@ def _note(order: Order, digest: str) -> dict[str, Any]:
 
 
 def merge_file(file: Path, out: Path, settings: Settings, zoo: Zoo | None = None, workers: int | None = None,
-               report: Callable[[str, int, int], None] = lambda name, done, total: None, *,
-               force: bool = False) -> list[dict[str, Any]]:
+               report: Callable[[str, int, int], None] = lambda name, done, total: None,
+               crew: Workers | None = None, *, force: bool = False) -> list[dict[str, Any]]:
     """Carry out a config file, all its documents in order; what is done already is not done again.
 
     workers  processes; by default one a core, and none beside this one where there is little to do
+    crew     workers that are there already, in place of these processes
     force    begin also with what does not fit, as far as can be told
     Returns one record for each document. Raises before any work for whatever can be known from headers.
     """
@@ -113,8 +114,7 @@ def merge_file(file: Path, out: Path, settings: Settings, zoo: Zoo | None = None
     for k, order in enumerate(todo):
         if k and isinstance(order, Dense):  # what it is made of is there now
             order = orders(file, out, settings, zoo)[k]
-        number = _processes(order, workers)
-        with Workers(number, start="fork") as pool:
+        with nullcontext(crew) if crew else Workers(_processes(order, workers), start="fork") as pool:
             try:
                 done.append(carried_out(order, pool, partial(report, str(order.out))))
             except KeyboardInterrupt:

@@ -14,11 +14,11 @@ from typing import Any
 
 from glue.checkpoint import Header, Weights
 from glue.errors import GlueError, NotHere, ZooError
-from glue.kinds.batches import Cutter
 from glue.family import families
 from glue.footprint import MANY, WIDTHS, Build, Footprint, compared, extracted, of_layer, sketched
 from glue.headers import TYPES, Recorded, factor_numbers, read_recorded
 from glue.hub import locate
+from glue.kinds.batches import Cutter
 from glue.member import Member
 from glue.plan import Plan, Task, present
 from glue.snapshot import whole

@@ -31,11 +31,8 @@ from glue.room import free_memory
 from glue.spare import DRAFTS, lives
 from glue.stamp import stamp
 from glue.steps import RUNS, Job, Made
-from glue.workers import Workers
-from glue.workers_ray import RayWorkers
+from glue.workers import RECORDED, Workers
 from glue.zoo import Zoo
-
-RECORDED = ("glue", "torch", "transformers", "numpy", "safetensors", "lm_eval")
 
 
 class Watcher:
@@ -73,7 +70,7 @@ class _Run:
         self.drafts = zoo.folder / DRAFTS
         self.running: dict[Future, tuple[Task, float]] = {}
         self.looked_at: set[str] = set()  # tasks that are known to fit
-        self.memory = None if isinstance(workers, RayWorkers) else free_memory()  # here, before there are workers
+        self.memory = None if workers.apart else free_memory()  # here, before there are workers
 
     def all(self) -> Plan:
         """Plan, start what is ready, wait for something to finish, register it, and again."""

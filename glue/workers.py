@@ -27,6 +27,7 @@ WORKER = "GLUE_WORKER"  # in the environment of a worker: which of them it is, c
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE",  # idle threads of one worker must not spin beside the others
          "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 PATIENCE = 5.0  # seconds to wait for late reports
+RECORDED = ("glue", "torch", "transformers", "numpy", "safetensors", "lm_eval")  # what results may hang on
 PRELOAD = ["torch", "transformers.models.llama.modeling_llama", "glue.checkpoint"]
 
 
@@ -35,7 +36,11 @@ class Workers:
 
     start  "forkserver", or "fork" where this process has done nothing with torch yet: a fork after an OpenMP region
            can hang, and a forkserver has to import everything first
+
+    apart  whether they may be on other machines      lost  why workers ended whose calls were made again by others
     """
+
+    apart = False
 
     def __init__(self, number: int = 0, threads: int = 1, start: Literal["forkserver", "fork"] = "forkserver"):
         self.number, self.threads, self._start = number, threads, start
@@ -46,6 +51,7 @@ class Workers:
         self._tickets = count()
         self._lock = threading.Lock()
         self._ended = False
+        self.lost: list[str] = []
 
     def __enter__(self) -> Workers:
         return self
@@ -146,6 +152,11 @@ class Workers:
             for process in list((pool._processes or {}).values()):
                 process.kill()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def cores() -> int:
+    """Cores that are ours, at most 4: each worker may hold a whole model."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def quieten() -> None:

@@ -40,12 +40,14 @@ class Layout:
     """Where the bytes of each tensor go: into which file, which does not yet have its name, and where in it.
 
     journal  whether what is complete is noted
+    synced   whether it is on the disk before that: who writes may be on another machine, and be gone before it is
     """
 
     folder: Path
     headers: Mapping[str, Header]
     places: Mapping[str, tuple[str, int]]
     journal: bool = False
+    synced: bool = False
 
     def part(self, file: str) -> Path:
         """What a file is called until it is complete."""
@@ -136,6 +138,8 @@ class Stream:
             self._put(self._file, memoryview(self._buffer)[:self._held])
             assert self._at == self._end, f"{self._end - self._at} bytes of '{self._name}' are missing"
             digest = self._digest.hexdigest()
+            if self._layout.synced:
+                os.fsync(self._file)
             if self._layout.journal:
                 self._note(digest)
         except OSError as problem:

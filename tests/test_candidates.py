@@ -340,15 +340,6 @@ def test_a_search_that_was_killed_before_it_could_be_registered_is_not_made_agai
     assert [task.member for task in searched(folder, Workers(0))] == before
 
 
-@pytest.mark.slow
-def test_any_number_of_workers_on_ray_finds_the_same(place):
-    from glue.workers_ray import RayWorkers
-
-    alone = told(searched(place("alone", SEARCHES), Workers(0)))
-    for number in (1, 2, 4):
-        assert told(searched(place(f"on-{number}", SEARCHES), RayWorkers(number))) == alone
-
-
 COUNTED = """
 import os
 import signal

@@ -133,3 +133,16 @@ def test_a_batch_is_known_by_all_its_requests_and_by_who_answers(tmp_path):
     Answered(journal).each(["m"], list("xyz"), lambda places, halved: [[0, 1, 2]], ask)
     Answered(journal).each(["m"], list("xyz"), lambda places, halved: [[0, 1, 2]], ask)
     assert len(calls) == 1, "a torn line is no answer, and hides none"
+
+
+def test_of_two_who_wrote_one_journal_the_first_counts_and_what_is_torn_in_its_middle_does_not(tmp_path):
+    """As when a worker is cut off, does not know it, and writes on beside the one that does its work."""
+    journal = tmp_path / "a.jsonl"
+
+    def told(answer: float) -> list[float]:
+        return Answered(journal).each(["m"], ["x"], lambda places, halved: [[0]], lambda batch: [answer])
+
+    assert told(0.25) == [0.25]
+    line = journal.read_text()
+    journal.write_text(line[:20] + "\n" + line + line.replace("0.25", "0.75"))
+    assert told(0.5) == [0.25]

@@ -82,6 +82,27 @@ def test_what_stood_where_a_folder_is_published_is_kept_under_another_name(tmp_p
     assert found == {"x": "2", "x.replaced-1": "0", "x.replaced-2": "1"}
 
 
+def test_what_a_killed_process_was_writing_aside_is_not_published(tmp_path, monkeypatch):
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    draft = tmp_path / "draft"
+    (draft / "inner").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        patch.setattr("pathlib.Path.unlink", lambda *_, **__: None)
+        for name in ("config.json", "inner/a.jsonl"):
+            with pytest.raises(KeyboardInterrupt):
+                write_aside(draft / name, "half")
+    write_aside(draft / "whole.json", "whole")
+    (draft / ".gitattributes").touch()
+    (draft / ".v1.2.3").touch()
+    assert len(list(draft.rglob("*.*"))) == 5
+    publish(draft, tmp_path / "final")
+    assert {file.name for file in (tmp_path / "final").rglob("*")} == {"whole.json", ".gitattributes", ".v1.2.3",
+                                                                      "inner"}
+
+
 def test_a_file_in_the_way_of_a_folder_is_kept_too(tmp_path):
     (tmp_path / "draft").mkdir()
     (tmp_path / "x").write_text("mine")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 import glue
 from glue.errors import MethodError, RunError
 from glue.workers import Workers
-from glue.workers_ray import RayWorkers
 
 HERE, FOLDER = "test_workers", str(Path(__file__).parent)
 
@@ -39,13 +37,11 @@ def die(_: int) -> None:
     os._exit(9)
 
 
-@pytest.fixture(params=["in this process", "pool", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.fixture(params=["in this process", "pool"])
 def workers(request, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)  # so that worker processes find this module too
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([FOLDER, str(Path(glue.__file__).parents[1])]))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    makes = {"in this process": lambda: Workers(0), "pool": lambda: Workers(2), "ray": lambda: RayWorkers(2)}
-    with makes[request.param]() as made:
+    with Workers({"in this process": 0, "pool": 2}[request.param]) as made:
         yield made
 
 
@@ -81,42 +77,6 @@ def test_a_worker_that_dies_is_told_as_such(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", FOLDER)
     with Workers(1) as workers, pytest.raises(RunError, match="worker process died"):
         workers.call(f"{HERE}:die", 1)
-
-
-@pytest.mark.slow
-def test_an_actor_that_dies_is_told_as_a_worker_is(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([FOLDER, str(Path(glue.__file__).parents[1])]))
-    with RayWorkers(1) as workers, pytest.raises(RunError, match="worker process died"):
-        workers.call(f"{HERE}:die", 1)
-
-
-@pytest.mark.slow
-def test_ray_that_is_started_here_listens_on_this_machine_alone(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([FOLDER, str(Path(glue.__file__).parents[1])]))
-    before = listening()
-    with RayWorkers(1) as workers:
-        workers.call(f"{HERE}:square", 1)
-        opened = listening() - before
-    assert opened and {address for address, _ in opened} <= {"0100007F", "00000000000000000000000001000000",
-                                                             "0000000000000000FFFF00000100007F"}
-
-
-def listening() -> set[tuple[str, str]]:
-    """(address, port) of every socket of the machine that waits for connections, as the kernel writes them."""
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            _, local, _, state, *_ = line.split()
-            if state == "0A":
-                found.add(tuple(local.split(":")))
-    return found
-
-
-def test_without_ray_one_is_told_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(RunError, match="ray, which is not installed") as caught:
-        RayWorkers(2)
-    assert caught.value.fix == "pip install 'glue[ray]'"
 
 
 def test_after_an_end_at_once_nothing_more_is_started():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import glue.writer
 from glue.checkpoint import INDEX, Checkpoint, Header, weights_digest
 from glue.errors import RunError
 from glue.stamp import stamp
-from glue.writer import BLANK, DIGEST, Writer
+from glue.writer import BLANK, DIGEST, Stream, Writer
 from tests.crashes import Crash, crashing
 
 TENSORS = {"a" + "0" * 40: torch.arange(6.0), "b": torch.arange(300, dtype=torch.int8), "c": torch.ones(7)}
@@ -109,6 +111,19 @@ def test_what_another_library_has_written_gets_the_digest_and_keeps_its_tensors(
     before = file.stat()
     stamp(Checkpoint(tmp_path))  # it has it already
     assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_what_another_machine_writes_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    synced: list[str] = []
+    monkeypatch.setattr("os.fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+    header = Header(torch.float32, (4,))
+    with Writer(tmp_path, {"a": header, "b": header}, key="k") as writer:
+        for name, layout in (("a", writer.layout), ("b", replace(writer.layout, synced=True))):
+            with Stream(layout, name) as stream:
+                stream.write(torch.zeros(4))
+                writer.done({name: stream.close()})
+            assert synced == [str(layout.part("model.safetensors"))] * (name == "b")
+    assert len(Checkpoint(tmp_path)) == 2
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):

@@ -37,12 +37,17 @@ class Answered:
         self.halved = self.room.halved
         self.told: Callable[[int], None] = lambda requests: None
         self._known: dict[str, list[Any] | None] = {}
-        lines = list(map(json.loads, whole_lines(file) if file else ()))
+        lines: list[dict[str, Any]] = []
+        for line in whole_lines(file) if file else ():
+            with suppress(ValueError):  # two machines may have written, if one was cut off and did not know it yet
+                lines.append(json.loads(line))
         if lines:
             self.halved = lines[0].get("halved", 0)
         elif file and self.halved:
             append_line(file, canonical({"halved": self.halved}))
-        self._known |= {line["batch"]: line["answers"] for line in lines if "batch" in line}
+        for told in lines:
+            if "batch" in told:
+                self._known.setdefault(told["batch"], told["answers"])
 
     def each(self, how: Sequence[str], requests: Sequence[Any], cut: Cut,
              ask: Callable[[list[int]], list[Any]]) -> list[Any]:

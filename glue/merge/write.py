@@ -21,12 +21,13 @@ Report = Callable[[int, int], None]
 
 
 def write(merge: Merge, folder: Path, *, shard_size: int = SHARD, number: int = 1,
-          spread: Callable[[Sequence[Call], Each], object] | None = None,
+          spread: Callable[[Sequence[Call], Each], object] | None = None, apart: bool = False,
           report: Report = lambda done, total: None) -> str:
     """Merge into a folder of safetensors and return the digest of the weights.
 
     number  of processes that `spread` has; it must not change a bit, and does not
     spread  runs `fill` on many arguments and tells what each returns, in any order; without it all is done here
+    apart   whether it does so on other machines too, which see the folder under the same path
     report  called with bytes written and bytes in all
     Raises RunError where the disk is full; the same call goes on from what is written, also after a kill.
     """
@@ -40,7 +41,8 @@ def write(merge: Merge, folder: Path, *, shard_size: int = SHARD, number: int = 
         done = total - sum(merge.headers[name].nbytes for name in left)
         if left:
             merge = merge.glanced()
-        calls = [_call(merge, writer.layout, names) for names in shares(merge, left, number * PARTS)]
+        layout = replace(writer.layout, synced=apart)
+        calls = [_call(merge, layout, names) for names in shares(merge, left, number * PARTS)]
 
         def each(_: int, digests: dict[str, str]) -> None:
             nonlocal done

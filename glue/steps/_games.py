@@ -7,6 +7,7 @@ or take no weight by member, leave a folder for as long as it is asked.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 By = Literal["score", "loss"]
 Subset = frozenset[int]
+FOLD = ".fold-"  # before the name of a folder that is there while a subset is asked
 SUBSETS = 128  # of clients that are combined and asked in a round: all of up to 7 clients, of more as orders go
 
 
@@ -113,9 +115,14 @@ class Folded:
         """See Game."""
         if not subset:
             return _asked(self.place.load(self.server.member(self.parent)), self.suite, by)
-        with TemporaryDirectory(dir=self.server.reports.parent, prefix=".fold-") as place:
+        with TemporaryDirectory(dir=self.server.reports.parent, prefix=FOLD) as place:
             some = [self.updates[k] for k in sorted(subset)]
             return _asked(self.place.load(self.server.fold(some, self.parent, Path(place))), self.suite, by)
+
+    def sweep(self) -> None:
+        """Remove what workers have left that were lost while they asked."""
+        for place in self.server.reports.parent.glob(f"{FOLD}*"):
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _asked(running: Running, suite: Measured, by: By) -> np.ndarray:
@@ -265,6 +272,8 @@ def worth(game: Game, by: By, workers: Workers, answers: Answers, *, chains: int
     n, how = len(game.players), {"chains": chains, "most": most, "seed": seed}
     expected = min(2 ** n, most or 2 ** n, 2 ** n if n <= 12 else 2 + chains * (n - 1))
     valued = shapley(n, value, **how)  # type: ignore[arg-type]
+    if isinstance(game, Folded):
+        game.sweep()
     subsets = list(valued.values)
     table = counts(n, subsets, exact=valued.exact, **how)
     results = {subset: known[subset] for subset in subsets}

@@ -67,6 +67,7 @@ def pooled(pool: Path, data: Path, dedup: bool, measured: bool) -> None:
         for k, pair in enumerate(pairs_of(lines)):
             first.setdefault(pair, k)
         rows = np.array(list(first.values()))
+    shutil.rmtree(pool, ignore_errors=True)  # what a worker has left that was lost
     pool.mkdir(parents=True)
     if measured and (data / VALUES).is_file():
         shutil.copy(data / VALUES, pool / VALUES)

@@ -141,7 +141,7 @@ def spread(merge: Merge, folder: Path, workers: Workers, **how: Any) -> str:
     def by_workers(calls, each) -> None:
         workers.map("glue.merge.write:fill", calls, each=each)
 
-    return write(merge, folder, number=max(1, workers.number), spread=by_workers, **how)
+    return write(merge, folder, number=max(1, workers.number), spread=by_workers, apart=workers.apart, **how)
 
 
 def sources_of(members: list[Member]) -> list[Source]:

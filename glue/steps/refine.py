@@ -85,7 +85,6 @@ def refine(job: Job, *, data: Dataset, select: Annotated[Any, Of("selecting")], 
     """
     pool = job.folder / POOL
     if not (pool / EXAMPLES).is_file():  # else left by a run that was killed
-        shutil.rmtree(pool, ignore_errors=True)
         job.workers.call("glue.steps._refine:pooled", pool, data.folder, dedup, base is None)
         if not (pool / EXAMPLES).is_file():
             job.workers.call("glue.steps._refine:placed", pool, embed, surprise, clusters, base, job.seed,

@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
-from glue.errors import MethodError
+from glue.errors import MethodError, RunError
 from glue.family import Natural, NonNegative
 from glue.kinds import Place
 from glue.member import Member, Score, Table, canonical
@@ -64,6 +64,9 @@ def traffic(job: Job, *, member: Proxied, suite: OnSuite, ways: list[dict[str, A
     timed        how many items those are
     device, dtype  where the pair runs, and the large member while it is served, and in what
     """
+    if job.workers.apart and member.base is not None and member.base.kind != "endpoint":
+        raise RunError(f"the large member of '{member.name}' is served by this machine for itself alone, and these "
+                       f"workers are on others", fix="run this recipe with  --on here, or name a proxy of an endpoint")
     told, place = [Way.of(way) for way in ways], job.place(device, dtype)
     tasks = [task for task in suite.suite.tasks if task.output == "generate"]
     items = suite.items()
