@@ -31,6 +31,8 @@ from glue.steps import RUNS, Job, Made
 from glue.workers import Workers
 from glue.zoo import Zoo
 
+GOES_ON = ".goes-on"  # in a draft that the next run of the same task goes on with
+KEPT = 7 * 24 * 3600  # seconds that such a draft outlives runs of other recipes
 RECORDED = ("glue", "torch", "transformers", "numpy", "safetensors", "lm_eval")
 
 
@@ -70,8 +72,8 @@ class _Run:
     def all(self) -> Plan:
         """Plan, start what is ready, wait for something to finish, register it, and again."""
         plan = make_plan(self.recipe, self.zoo)
-        self._sweep({task.origin.key[:16] for task in plan if task.origin and task.choice and task.state != "done"
-                     and task.choice.method.traits.get("resumes")})
+        self._sweep({task.origin.key[:16] for task in plan if task.origin and task.state != "done"
+                     and self._resumes(task)})
         with ThreadPoolExecutor(max(1, self.workers.number)) as threads:
             try:
                 while True:
@@ -162,7 +164,10 @@ class _Run:
         assert task.origin is not None
         final = task.folder(self.zoo)
         draft = self._draft(task)
+        if self._resumes(task):
+            write_aside(draft / GOES_ON, "")
         made = self._made(task, draft)
+        (draft / GOES_ON).unlink(missing_ok=True)
         if made.told:
             self._note("told", task, **made.told)
         origin = replace(task.origin, made_with=made_with(self.workers))
@@ -204,6 +209,10 @@ class _Run:
         draft.mkdir(parents=True)
         return draft
 
+    @staticmethod
+    def _resumes(task: Task) -> bool:
+        return task.choice is not None and bool(task.choice.method.traits.get("resumes"))
+
     def _is(self, folder: Path, digest: str) -> bool:
         try:
             return identify(folder, self.zoo.digests)[1] == digest
@@ -223,9 +232,16 @@ class _Run:
         return made
 
     def _sweep(self, kept: set[str]) -> None:
-        """Remove the drafts of runs that are no longer there, but for those that can be gone on with."""
+        """Remove the drafts of runs that are no longer there, but for those that can be gone on with.
+
+        Those of other recipes, or of this one with another seed, can be too; they are kept for a week.
+        """
         for draft in self.drafts.glob("*-*") if self.drafts.exists() else ():
-            if draft.name.rsplit("-", 1)[0] not in kept and not _lives(int(draft.name.rsplit("-", 1)[1])):
+            key, _, process = draft.name.rpartition("-")
+            with suppress(OSError):
+                if time.time() - (draft / GOES_ON).stat().st_mtime < KEPT:
+                    continue
+            if key not in kept and not _lives(int(process)):
                 shutil.rmtree(draft, ignore_errors=True)
 
     def _note(self, event: str, task: Task, **more: object) -> None:
