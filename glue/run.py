@@ -34,6 +34,9 @@ from glue.steps import RUNS, Job, Made
 from glue.workers import RECORDED, Workers
 from glue.zoo import Zoo
 
+GOES_ON = ".goes-on"  # in a draft that the next run of the same task goes on with
+KEPT = 7 * 24 * 3600  # seconds that such a draft outlives runs of other recipes
+
 
 class Watcher:
     """What a run tells while it works; the command line shows it. Every method may be called from any thread."""
@@ -75,8 +78,8 @@ class _Run:
     def all(self) -> Plan:
         """Plan, start what is ready, wait for something to finish, register it, and again."""
         plan = make_plan(self.recipe, self.zoo)
-        self._sweep({task.origin.key[:16] for task in plan if task.origin and task.choice and task.state != "done"
-                     and task.choice.method.traits.get("resumes")})
+        self._sweep({task.origin.key[:16] for task in plan if task.origin and task.state != "done"
+                     and self._resumes(task)})
         with ThreadPoolExecutor(max(1, self.workers.number)) as threads:
             try:
                 while True:
@@ -183,7 +186,10 @@ class _Run:
         if (left := self._left(task, final)) is not None:
             return left
         draft = self._draft(task)
+        if self._resumes(task):
+            write_aside(draft / GOES_ON, "")
         made = self._made(task, draft)
+        (draft / GOES_ON).unlink(missing_ok=True)
         if made.told:
             self._note("told", task, **made.told)
         origin = replace(task.origin, made_with=made_with(self.workers))
@@ -248,6 +254,10 @@ class _Run:
         draft.mkdir(parents=True)
         return draft
 
+    @staticmethod
+    def _resumes(task: Task) -> bool:
+        return task.choice is not None and bool(task.choice.method.traits.get("resumes"))
+
     def _is(self, folder: Path, digest: str) -> bool:
         try:
             return identify(folder, self.zoo.digests)[1] == digest
@@ -267,8 +277,14 @@ class _Run:
         return made
 
     def _sweep(self, kept: set[str]) -> None:
-        """Remove the drafts of runs that are no longer there, but for those that can be gone on with."""
+        """Remove the drafts of runs that are no longer there, but for those that can be gone on with.
+
+        Those of other recipes, or of this one with another seed, can be too; they are kept for a week.
+        """
         for draft in self.drafts.glob("*-*") if self.drafts.exists() else ():
+            with suppress(OSError):
+                if time.time() - (draft / GOES_ON).stat().st_mtime < KEPT:
+                    continue
             if draft.name.rsplit("-", 1)[0] not in kept and not lives(draft):
                 shutil.rmtree(draft, ignore_errors=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from glue.checkpoint import Checkpoint
-from glue.errors import Mistakes
+from glue.errors import Mistakes, RunError
 from glue.kinds import weights
 from glue.plan import Plan, make_plan
 from glue.recipe import read_recipe
@@ -109,6 +110,44 @@ def test_an_adapter_in_bfloat16_with_dropout_over_every_layer_is_a_member_like_a
     assert config["use_rslora"] and config["lora_dropout"] == 0.1 and len(config["target_modules"]) == 7
     changed, before = weights(member), Checkpoint(member.base.folder)
     assert sum(not torch.equal(changed[name], before[name]) for name in before) == 2 * 7
+
+
+def test_a_model_that_does_not_fit_onto_a_device_is_an_error_with_what_would_help(place, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("glue.tune.finetune.train", full)
+    with pytest.raises(RunError, match=r"cpu has too little memory: Tried to allocate 2 GiB\n  say  dtype: bfloat16"):
+        ran(place(""))
+
+
+def test_what_was_killed_outlives_runs_of_other_recipes_for_a_week(place, monkeypatch):
+    from glue.tune import kept
+
+    folder = place("save_every: 0")
+    monkeypatch.setattr(kept.Kept, "end", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        ran(folder)
+    monkeypatch.undo()
+    monkeypatch.setattr("glue.run.os.getpid", lambda: 2 ** 22 - 3)  # the next run is another process
+    monkeypatch.setattr("glue.run._lives", lambda process: False)
+    mine = (folder / "r.yaml").read_text()
+    place("schedule: linear")
+    ran(folder)
+    (folder / "r.yaml").write_text(mine)
+    assert list((folder / "zoo/.drafts").glob("*/state/state.json")), "the run of another line has left it alone"
+    ran(folder)
+    told = [json.loads(line) for file in (folder / "runs").glob("*.jsonl") for line in file.read_text().splitlines()]
+    assert [one["resumed"] for one in told if one["event"] == "told" and "resumed" in one] == [2]
+    assert not list((folder / "zoo/.drafts").iterdir())
+    (folder / "zoo/.drafts/0123456789abcdef-1").mkdir()
+    mark = folder / "zoo/.drafts/0123456789abcdef-1/.goes-on"
+    mark.write_text("")
+    ran(folder)
+    assert mark.exists()
+    os.utime(mark, (0, 0))
+    ran(folder)
+    assert not mark.exists()
 
 
 def test_a_product_says_where_the_state_of_an_earlier_run_could_not_be_used(place, monkeypatch):

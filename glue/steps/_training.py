@@ -7,7 +7,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from glue.errors import MethodError
+import torch
+
+from glue.errors import GlueError, MethodError, one_line
 from glue.family import Count, Positive
 from glue.member import canonical
 from glue.steps import Wide
@@ -53,8 +55,13 @@ def trained(folder: Path, about: Mapping[str, Any], options: Mapping[str, Any], 
     kept = Kept(folder / STATE, key, options["save_every"])
     plain = {name: value for name, value in options.items() if name not in (*COURSE, *READING, *UNKEYED)}
     course = Course(**{name: options[name] for name in COURSE}, checkpointing=options["checkpointing"])
-    curve = teach(**plain, device=device_of(options["device"]), course=course, kept=kept, report=told(report),
-                  reading=Reading(**{name: options[name] for name in READING if name in options}))
+    reading = Reading(**{name: options[name] for name in READING if name in options})
+    try:
+        curve = teach(**plain, device=device_of(options["device"]), course=course, kept=kept, report=told(report),
+                      reading=reading)
+    except torch.OutOfMemoryError as problem:
+        raise GlueError(f"{options['device']} has too little memory: {one_line(str(problem), 120)}",
+                        fix="say  dtype: bfloat16,  teach an adapter (step: lora), or choose another device") from None
     curve.write(folder)
     kept.end()
     return curve.figures()
