@@ -314,8 +314,10 @@ def _workers(on: str, number: int | None, threads: int) -> Any:
     number = _cores() if number is None else number
     if on == "here":
         return Workers(number, threads)
+    from glue.kinds.device import ELSEWHERE
     from glue.workers_ray import RayWorkers
 
+    os.environ[ELSEWHERE] = "1"
     return RayWorkers(number, threads)
 
 
