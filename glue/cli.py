@@ -334,12 +334,16 @@ def _workers(on: str, number: int | None, threads: int, gpus: float, folder: Pat
             raise RunError("GPUs are asked of Ray, and these workers are processes of this machine",
                            fix="--on ray --gpus 1, or leave out --gpus")
         return Workers(cores() if number is None else number, threads)
+    from glue.kinds.device import ELSEWHERE
     from glue.workers_ray import RayWorkers, is_address
 
     if on != "ray" and not is_address(on):
         raise RunError(f"there are no workers on '{on}'{did_you_mean(on, ('here', 'ray'))}",
                        fix="--on here, --on ray, --on ray://host:port, or  --on host:port")
-    return RayWorkers(number or 0, threads, on=on, folder=folder, gpus=gpus)
+    pool = RayWorkers(number or 0, threads, on=on, folder=folder, gpus=gpus)
+    if pool.apart:
+        os.environ[ELSEWHERE] = "1"
+    return pool
 
 
 def _tell_lost(pool: Any, quiet: bool) -> None:

@@ -83,7 +83,7 @@ def reproduce(what: str, zoo: Zoo, workers: Workers, *, search: bool = False, de
     if origin.key != note["key"]:
         raise ZooError(f"{folder / FOLDER_NOTE} has been changed: its origin is not that of its key",
                        fix="put it there again from a backup, or run the recipe again")
-    here = made_with(workers)
+    here = made_with(workers, device or "cpu")
     found, lost = inputs(origin, zoo)
     told = {"name": note["name"], "kind": note["kind"], "step": origin.step, "folder": str(folder),
             "digest": note["digest"], "made_with": here}

@@ -24,13 +24,14 @@ from glue.errors import GlueError, RunError
 from glue.files import append_line, point, publish, write_aside
 from glue.fit import refuse
 from glue.identity import checkpoints, identify, remember
+from glue.kinds.device import ELSEWHERE, device_of
 from glue.member import FOLDER_NOTE, Member, Origin, Table, canonical
 from glue.plan import Plan, Task, make_plan
 from glue.recipe import Recipe
 from glue.room import free_memory
 from glue.spare import DRAFTS, lives
 from glue.stamp import stamp
-from glue.steps import RUNS, Job, Made
+from glue.steps import RUNS, Job, Made, wide
 from glue.workers import RECORDED, Workers
 from glue.zoo import Zoo
 
@@ -192,7 +193,7 @@ class _Run:
         (draft / GOES_ON).unlink(missing_ok=True)
         if made.told:
             self._note("told", task, **made.told)
-        origin = replace(task.origin, made_with=made_with(self.workers))
+        origin = replace(task.origin, made_with=made_with(self.workers, _device(task)))
         seen = frozenset().union(made.seen, *(member.seen for member in task.inputs))
         if made.same is not None:
             member = replace(made.same, name=task.name, tags=frozenset(task.line.tags), origin=origin, seen=seen,
@@ -336,10 +337,18 @@ def _licence(inputs: tuple[Member, ...]) -> str:
     return ", ".join(sorted(set(filter(None, ", ".join(source(member).licence for member in inputs).split(", ")))))
 
 
-def made_with(workers: Workers) -> dict[str, str]:
-    """Versions of what computes here, and the machine."""
+def made_with(workers: Workers, device: str = "cpu") -> dict[str, str]:
+    """Versions of what computes here, and the machine; the device where it is not the processor."""
+    elsewhere = device if os.environ.get(ELSEWHERE) else device_of(device)
     return {**{name: version(name) for name in RECORDED}, "python": platform.python_version(),
-            "machine": platform.machine(), "processor": _processor(), "threads": str(workers.threads)}
+            "machine": platform.machine(), "processor": _processor(), "threads": str(workers.threads),
+            **({} if elsewhere == "cpu" else {"device": elsewhere})}
+
+
+def _device(task: Task) -> str:
+    """The word for where a task calculates."""
+    word = wide(task.choice.method).get("device") if task.choice else None
+    return task.choice.params[word] if task.choice and word else "cpu"
 
 
 def _processor() -> str:

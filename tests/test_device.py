@@ -27,6 +27,7 @@ from glue.kinds.text import continued
 from glue.member import Member, Table
 from glue.plan import Plan, make_plan
 from glue.recipe import read_recipe
+from glue.reproduce import reproduce
 from glue.run import run
 from glue.steps import Measured, steps, wide
 from glue.workers import Workers
@@ -130,6 +131,18 @@ def test_a_word_that_is_none_is_named_on_the_command_line(asked_zoo, monkeypatch
     for words, why in ((["--dtype", "float61"], "there is no dtype 'float61'; did you mean 'float16'"),
                        (["--device", "gpu"], "'gpu' cannot be calculated on")):
         assert why in refused(["generate", "m", "--prompt", "w5", *words], monkeypatch, capsys)
+
+
+def test_a_gpu_of_other_machines_is_not_looked_for_on_this_one(asked_zoo, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv(device.ELSEWHERE, "1")
+    (asked_zoo / "r.yaml").write_text("steps:\n" + SCORED)
+    zoo = Zoo(asked_zoo / "zoo.yaml")
+    task, = make_plan(read_recipe(asked_zoo / "r.yaml", wide={"device": "cuda", "dtype": "nf4"}), zoo)
+    assert task.state == "ready" and task.choice.params["device"] == "cuda"
+    for word in ("gpu", "meta", "cuda:x"):
+        with pytest.raises(GlueError, match=f"'{word}' cannot be calculated on"):
+            make_plan(read_recipe(asked_zoo / "r.yaml", wide={"device": word}), zoo)
 
 
 # -- which device --
@@ -342,6 +355,34 @@ def test_what_was_made_before_devices_could_be_told_is_still_known(name):
         "merge": ({"members": ["m0"], "method": "linear"}, {"members": m})}[name]
     assert _origin(steps[name], steps[name].bind(params), given, 7).key == OLD[name]
     assert _origin(steps[name], steps[name].bind({**params, "device": "auto"}), given, 7).key == OLD[name]
+
+
+def test_a_product_is_made_again_where_one_says_and_what_is_not_here_is_told(asked_zoo):
+    ran(asked_zoo, "  - {as: a, step: merge, members: [m, n], method: linear, device: auto}\n")
+    zoo = Zoo(asked_zoo / "zoo.yaml")
+    assert "device" not in zoo["r/a"].origin.made_with, "it was the processor"
+    assert reproduce("r/a", zoo, Workers(0), device="auto").equal
+    with pytest.raises(MethodError, match="'gpu' cannot be calculated on"):
+        reproduce("r/a", zoo, Workers(0), device="gpu")
+
+
+def test_a_client_elsewhere_trains_where_it_says_and_not_where_the_recipe_does(monkeypatch, tmp_path):
+    from glue.steps import _flower_app as app
+    from glue.steps._clients import Client, Errand
+
+    words, trained = [], []
+    monkeypatch.setattr(app, "_started", lambda command, given: words.extend(given) or 0)
+    with pytest.raises(MethodError, match="'gpu' cannot be calculated on"):
+        app.join("far:9190", 0, 2, device="gpu")
+    assert app.join("far:9190", 0, 2, device="auto") == 0 and 'device="auto"' in words[words.index("--node-config") + 1]
+    monkeypatch.setattr(app, "train", lambda errand, out, secret: trained.append(errand.device))
+    client = Client("c0", 0, 2, 4.0, 10, ((tmp_path, 1.0),))
+    errand = Errand(client, 1, Member("m", "model", "/m", digest="m"), None, "", 0, "lora", ("q_proj",), "own",
+                    device="cuda")
+    told = json.dumps({**errand.as_data(), "threads": 1})
+    for node in ({}, {"device": "cpu"}):
+        app.fit(told, None, tmp_path, node)
+    assert trained == ["cuda", "cpu"]
 
 
 # -- batches --

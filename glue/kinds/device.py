@@ -26,7 +26,9 @@ from glue.errors import MethodError, one_line
 from glue.kinds import QUANTISED, Dtype
 
 AUTO, ANY_GPU = "auto", "cuda"
+GPU = re.compile(r"auto|cuda(:\d+)?")
 WORKER = "GLUE_WORKER"  # in the environment of a worker process: which of them it is, counted from 0
+ELSEWHERE = "GLUE_ELSEWHERE"  # in that of who plans for workers on other machines, whose devices nobody here can ask
 ROOM = 0.85  # of what is free on a device, how much weights may take; activations and caches have the rest
 BITS = {"nf4": 4.5, "int8": 8.25}  # of a weight of a linear layer, its share of the scales included
 WHOLE = ["lm_head", "embed_out", ".*router"]  # modules that are not quantised: what writes, and what chooses
@@ -65,9 +67,13 @@ def _own() -> str:
 
 
 def usable(device: str, dtype: Dtype = "float32") -> None:
-    """Raise MethodError, before anything runs, for a device or numbers that this machine cannot calculate with."""
-    where = device_of(device)
-    if dtype not in QUANTISED:
+    """Raise MethodError, before anything runs, for a device or numbers that this machine cannot calculate with.
+
+    Where work is sent to other machines, a GPU is one of theirs.
+    """
+    far = bool(os.environ.get(ELSEWHERE)) and GPU.fullmatch(device) is not None
+    where = ANY_GPU if far else device_of(device)
+    if dtype not in QUANTISED or far:
         return
     if find_spec("bitsandbytes") is None:
         raise MethodError(f"{dtype} needs the package bitsandbytes", fix="pip install 'glue[quantised]', or say  "
