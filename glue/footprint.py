@@ -110,17 +110,22 @@ class Build:
         widths = [max(header.shape) for name, header in headers.items() if ".mlp." in name and len(header.shape) == 2]
         return Build(len(layers), table[1], max(widths), table[0]) if len(table) == 2 and layers and widths else None
 
-    def trains(self, rows: int, length: int) -> int:
-        """Bytes of what a pass forward leaves for the way back, of so many texts of so many tokens, in fp32.
+    def trains(self, rows: int, length: int, wide: float = 4, *, again: bool = False) -> int:
+        """Bytes of what a pass forward leaves for the way back, of so many texts of so many tokens.
+
+        wide   bytes of the numbers that layers calculate in
+        again  layers are gone through a second time on the way back, and leave what goes into them alone
 
         What a layer takes was measured, with what the C library does not give back: see docs/size.md. At the head the
-        logits stand four times: as they are, as logarithms, and as the gradients of both.
+        logits stand four times in fp32: as they are, as logarithms, and as the gradients of both.
         """
-        return 4 * rows * length * (self.layers * (16 * self.hidden + 8 * self.inner) + 4 * self.words)
+        layer = 16 * self.hidden + 8 * self.inner
+        kept = layer + self.layers * self.hidden if again else self.layers * layer
+        return int(rows * length * (wide * kept + 4 * 4 * self.words))
 
     def asks(self, rows: int, length: int) -> int:
-        """Bytes of a pass forward alone: one layer, and the logits with their logarithms."""
-        return 4 * rows * length * (2 * self.hidden + 3 * self.inner + 2 * self.words)
+        """Bytes of a pass forward alone, in fp32: one layer, and the logits, their logarithms, and a copy of these."""
+        return 4 * rows * length * (2 * self.hidden + 5 * self.inner + 3 * self.words)
 
 
 def of_layer(name: str, shape: tuple[int, ...]) -> bool:

@@ -279,7 +279,11 @@ class _Counting:
         tokens = trained(task, model)
         if tokens is None or not isinstance(size, int):
             return 0, False
-        return build.trains(-(-size // PIECES), tokens.longest), True
+        params = task.choice.params
+        length = min(tokens.longest, params.get("max_length") or tokens.longest)
+        wide = WIDTHS.get(str(params.get("dtype") or ""), RUNS)
+        return build.trains(-(-size // params.get("accumulation", PIECES)), length, wide,
+                            again=bool(params.get("checkpointing"))), True
 
     def _merged(self, task: Task, members: Sequence[Member]) -> Footprint | None:
         """A merge whose members are all known."""

@@ -117,9 +117,9 @@ def test_more_members_are_compared_in_hardly_more_memory():
 def test_few_layers_of_a_large_model_are_cut_at_once():
     layers = {name: header for name, header in llama().headers.items() if "proj" in name}
     hold = extracted(layers, 16, 4, 8)
-    assert hold.calls == 3 and 3 * 8 * 4096**2 < hold.call < 450e6
+    assert hold.calls == 2 and 3 * 8 * 4096**2 < hold.call < 500e6
     assert hold.beside == 4 * 16 * sum(sum(header.shape) for header in layers.values())
-    assert [len(part) for part in deal({name: header.shape for name, header in layers.items()}, 8)] == [5, 5, 4]
+    assert [len(part) for part in deal({name: header.shape for name, header in layers.items()}, 8)] == [7, 7]
     assert len(deal({"one": (64, 64), "other": (64, 64)}, 8)) == 2
     assert extracted({"w": Header(torch.bfloat16, (8192, 28672))}, 16, 4, 8).calls == 1, "one is all that has room"
 

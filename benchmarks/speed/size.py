@@ -29,7 +29,7 @@ from glue.files import write_aside
 
 MOST = 2e9  # bytes of private memory that any of these may take
 RANK = 16
-TARGETS = [f"{k}.{layer}" for k in range(6) for layer in ("self_attn.q_proj", "mlp.down_proj")]  # small and large ones
+TARGETS = [f"{k}.{layer}" for k in range(3) for layer in ("self_attn.q_proj", "mlp.down_proj")]  # small and large ones
 PLAN = "plan"
 LINES: Mapping[str, str] = {
     "similarity": "step: cluster, members: [base, tuned], threshold: 0.9",
