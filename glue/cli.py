@@ -6,6 +6,7 @@ Everything heavy is imported inside the commands, so that help appears at once.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
