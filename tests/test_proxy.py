@@ -21,7 +21,7 @@ from glue.evaluate.lm_eval import evaluate
 from glue.evaluate.suite import Item, Suite, Task, task_items, write_tasks
 from glue.family import families
 from glue.identity import identify
-from glue.kinds import Running, load, weights
+from glue.kinds import Place, Running, load, weights
 from glue.kinds.endpoint import connect
 from glue.kinds.local_source import Local
 from glue.kinds.modelling.proxied import GlueProxiedForCausalLM, GlueProxyConfig, ProxyCache
@@ -440,7 +440,7 @@ def test_alphas_are_judged_as_the_scorer_would_judge_each_and_the_least_loss_is_
     proxy = a_proxy(tmp_path / "p", *parts)
     measured = Measured(suite, "dev", {"words": Member("words", "dataset", str(folders["words"]))})
     alphas = [1.5, 0.0, 0.25, 1.0]
-    told = compared(proxy, measured, alphas)
+    told = compared(proxy, measured, alphas, Place())
     running = load(proxy)
     found = []
     for alpha, line in zip(alphas, told["tried"], strict=True):

@@ -75,6 +75,12 @@ def test_members_are_measured_in_few_bits_and_the_scores_say_so(asked_zoo, tiny)
     assert table.note.endswith("in nf4") and [json.loads(one["how"])["dtype"] for one in store] == ["nf4", "nf4"]
 
 
+def test_sides_that_a_processor_has_no_kernel_for_are_refused(tiny):
+    with pytest.raises(MethodError, match=r"nf4 on a processor is for .*'model.layers.0.mlp.down_proj.weight' is"):
+        load(tiny("m", hidden_size=64, intermediate_size=176), dtype="nf4")
+    assert load(tiny("m", hidden_size=64, intermediate_size=176), dtype="int8")
+
+
 def test_what_is_put_together_in_memory_is_refused(tiny):
     from glue.kinds import weights
     from glue.kinds.model import assembled

@@ -86,8 +86,11 @@ def loading(word: str, dtype: Dtype, headers: Mapping[str, Header]) -> dict[str,
     """What transformers' `from_pretrained` is told, so that weights come to lie where they run and as they run.
 
     headers  of the weights that will be loaded
-    Raises MethodError for quantised weights that are too large for all GPUs together: they cannot wait elsewhere.
+    Raises MethodError for quantised weights that are too large for all GPUs together: they cannot wait elsewhere; and
+    for those that bitsandbytes does not calculate with on processors.
     """
+    if dtype == "nf4" and device_of(word) == "cpu":
+        _refuse_odd(headers)
     how = _numbers(dtype)
     how |= _placing(word, footprint(headers, dtype), stays=dtype in QUANTISED)
     return {**how, "device_map": {"": "cpu"}} if dtype in QUANTISED and "device_map" not in how else how
@@ -137,6 +140,14 @@ def _numbers(dtype: Dtype) -> dict[str, Any]:
         load_in_8bit=dtype == "int8", load_in_4bit=dtype == "nf4", llm_int8_skip_modules=WHOLE,
         bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=as_torch(dtype))
     return {"dtype": as_torch(dtype), "quantization_config": config}
+
+
+def _refuse_odd(headers: Mapping[str, Header]) -> None:
+    """Raise MethodError for sides that the 4-bit kernels of processors do not have."""
+    for name, header in headers.items():
+        if len(header.shape) == 2 and not OUTSIDE.search(name) and (header.shape[0] % 32 or header.shape[1] % 64):
+            raise MethodError(f"nf4 on a processor is for matrices of 32 n x 64 m, and '{name}' is {header.shape[0]} x "
+                              f"{header.shape[1]}", fix="say int8 or bfloat16, or a GPU")
 
 
 def _placing(word: str, nbytes: int, stays: bool) -> dict[str, Any]:

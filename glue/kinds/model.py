@@ -173,6 +173,9 @@ def _filled(source: Any, told_as: str, **how: Any) -> PreTrainedModel:
             kind, how = AutoModelForCausalLM, {**how, "trust_remote_code": False, "local_files_only": True}
         loaded, found = kind.from_pretrained(source, output_loading_info=True, **how)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if "quantization_config" in how and "dispatched on the CPU" in str(error):  # it may not wait there
+            raise MethodError(f"{told_as}: it does not fit on the GPUs, layer by layer",
+                              fix="take more of them, or device: cpu") from None
         raise CheckpointError(f"{told_as}: {first_line(error)}",
                               fix="a model needs config.json and safetensors weights of the shapes it says") from None
     for what in ("missing", "mismatched"):
