@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0 OMP_WAIT_POLICY=PASSIVE
 SPEED := benchmarks/speed/results/1b1.json
+SIZE := benchmarks/speed/results/7b.json benchmarks/speed/results/size-160m.json
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 SOME := $(if $(CHROMIUM),,-m "not browser")
 CORES := $(shell nproc 2>/dev/null || echo 2)
@@ -21,6 +22,7 @@ check: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/python -m glue.docs --check
 	$(BIN)/python -m benchmarks.speed table $(SPEED) --into README.md --check
+	$(BIN)/python -m benchmarks.speed table $(SIZE) --into docs/size.md --check
 	$(BIN)/python -m benchmarks.reproduction table --check
 
 fix: .venv/ready
@@ -29,6 +31,7 @@ fix: .venv/ready
 docs: .venv/ready
 	$(BIN)/python -m glue.docs
 	$(BIN)/python -m benchmarks.speed table $(SPEED) --into README.md
+	$(BIN)/python -m benchmarks.speed table $(SIZE) --into docs/size.md
 	$(BIN)/python -m benchmarks.reproduction table
 
 bench: .venv/ready

@@ -18,7 +18,7 @@ from typing import Any
 import glue
 from glue.errors import RunError, one_line
 from glue.files import write_aside
-from glue.workers import QUIET, RECORDED, run_here
+from glue.workers import RECORDED, quieten, run_here
 
 BEAT = 1.0  # seconds between two looks at whether a worker is still wanted
 SENT = ("HF_", "GLUE_", "TRANSFORMERS_", "OMP_", "MKL_", "ATEN_", "DNNL_")  # what results and keys of endpoints hang on
@@ -77,8 +77,7 @@ class Actor:
 
     def __init__(self, threads: int, environment: Mapping[str, str], folder: str):
         os.environ.update(environment)
-        for name, value in QUIET.items():
-            os.environ.setdefault(name, value)
+        quieten()
         with suppress(OSError):
             os.chdir(folder)  # paths on a command line are seen from there
         self.threads, self.lock = threads, threading.Lock()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from glue.checkpoint import Header, Weights
@@ -20,9 +21,11 @@ from glue.headers import TYPES, Recorded, factor_numbers, read_recorded
 from glue.hub import locate
 from glue.kinds.batches import Cutter
 from glue.member import Member
+from glue.pace import LEAST, Seconds
+from glue.pace import pace as pace_of
 from glue.plan import Plan, Task, present
 from glue.snapshot import whole
-from glue.tokens import asked, trained
+from glue.tokens import Tokens, asked, trained
 from glue.tune.loop import PIECES
 
 LARGE = 50_000_000  # numbers of a model below which batches are not looked at: so little is never refused
@@ -49,6 +52,7 @@ class Need:
     open    something is written, and how much is not known
     hold    all of what it holds in memory
     device  cpu, or where its models run
+    takes   about how long, with the workers that were asked for; None too where that would be mostly imports
     """
 
     read: int | None
@@ -59,6 +63,7 @@ class Need:
     open: bool = False
     hold: Footprint | None = None
     device: str = "cpu"
+    takes: Seconds | None = None
 
     def peak(self, workers: int) -> int | None:
         """Bytes of host memory that all processes take together where this task runs alone."""
@@ -113,9 +118,12 @@ class Needs:
                 not any(need.open or need.each and need.written for need in self.tasks.values()))
 
 
-def needs(plan: Plan, workers: int = 1) -> Needs:
-    """What a plan takes with so many workers. Reads headers; raises nothing that a run would not tell better."""
-    counting = _Counting(read_recorded(plan.zoo.file), workers)
+def needs(plan: Plan, workers: int = 1, *, timed: bool = False) -> Needs:
+    """What a plan takes with so many workers. Reads headers; raises nothing that a run would not tell better.
+
+    timed  also how long, which measures the machine where it is not known yet
+    """
+    counting = _Counting(read_recorded(plan.zoo.file), workers, plan.zoo.folder if timed else None)
     found = {task.name: counting.need(task) for task in plan if task.state not in ("done", "alias")}
     lacking: dict[str, Lacking] = {}
     for member in (member for task in plan for one in task.lacks for member in _below(one)):
@@ -170,8 +178,10 @@ def _mixed(member: Member) -> Extent | None:
 class _Counting:
     """Goes through the tasks of a plan in order, and remembers how large each product will be."""
 
-    def __init__(self, recorded: Mapping[str, Recorded], workers: int):
-        self.recorded, self.workers = recorded, workers
+    def __init__(self, recorded: Mapping[str, Recorded], workers: int, timed: Path | None):
+        self.recorded, self.workers, self.timed = recorded, workers, timed
+        self.texts: Tokens | None = None  # of the task that is looked at
+        self.work: float | None = None  # seconds of one worker, of the merge that is looked at
         self.opened: dict[tuple[str, str, str], Weights | None] = {}
         self.made: dict[str, list[Extent | None]] = {}
 
@@ -185,10 +195,33 @@ class _Counting:
         traits = families("steps")[task.step].traits if task.choice else {}
         made = self._makes(task, members, sizes, traits.get("writes"))
         self.made[task.name] = several if task.makes == "group" and not each else [made]
+        self.texts = self.work = None
         hold = self._holds(task, members, sizes, traits.get("holds"))
-        return Need(sum(one.nbytes for one in sizes) if sizes and not each else None, made.nbytes if made else None,
-                    hold.call if hold else None, each, exact, bool(traits.get("writes")) and made is None, hold,
-                    str(task.choice.params.get("device") or "cpu") if task.choice else "cpu")
+        read = sum(one.nbytes for one in sizes) if sizes and not each else None
+        device = str(task.choice.params.get("device") or "cpu") if task.choice else "cpu"
+        timed = self.timed and task.state == "ready" and device == "cpu"
+        takes = self._takes(task, read, made, sizes) if timed else None
+        return Need(read, made.nbytes if made else None, hold.call if hold else None, each, exact,
+                    bool(traits.get("writes")) and made is None, hold, device, takes)
+
+    def _takes(self, task: Task, read: int | None, made: Extent | None, sizes: list[Extent]) -> Seconds | None:
+        """About how long a task takes that can begin: what it reads, writes and calculates."""
+        assert self.timed is not None and task.choice is not None
+        written, largest = made.nbytes if made else 0, max((one.parameters for one in sizes), default=0)
+        operations = 0.0
+        if self.texts is not None:
+            params, texts = task.choice.params, self.texts.texts
+            if "steps" in params and isinstance(params.get("batch_size"), int):
+                texts = params["steps"] * params["batch_size"]
+            # each number once forward, once for what goes back, once for its own gradient where it has one
+            each = 2 if task.step == "evaluate" else 4 if task.makes == "adapter" else 6
+            operations = each * largest * self.texts.mean * texts
+        elif self.work is None and task.step != "cluster":
+            return None
+        if (read or 0) + written < LEAST and operations < 1000 * LEAST or (pace := pace_of(self.timed)) is None:
+            return None
+        work = operations / pace.flops + (self.work or 0) / max(1, self.workers)
+        return Seconds.of(((read or 0) + written) / pace.read, written / pace.write, work)
 
     def _makes(self, task: Task, members: Sequence[Member], sizes: list[Extent], writes: Any) -> Extent | None:
         if task.choice is None or not sizes or not writes:
@@ -273,10 +306,10 @@ class _Counting:
             return 0, False
         size = task.choice.params.get("batch_size")
         if task.step == "evaluate":
-            tokens = asked(task, model)
+            tokens = self.texts = asked(task, model)
             rows = Cutter.of(size if isinstance(size, int) else "auto", str(task.choice.params["device"]))
             return (build.asks(min(tokens.texts, rows.rows), tokens.longest), True) if tokens else (0, False)
-        tokens = trained(task, model)
+        tokens = self.texts = trained(task, model)
         if tokens is None or not isinstance(size, int):
             return 0, False
         params = task.choice.params
@@ -288,7 +321,7 @@ class _Counting:
     def _merged(self, task: Task, members: Sequence[Member]) -> Footprint | None:
         """A merge whose members are all known."""
         from glue.merge.engine import prepared
-        from glue.merge.estimate import held
+        from glue.merge.estimate import held, work_seconds
         from glue.merge.leaf import Source
 
         assert task.choice is not None
@@ -304,6 +337,8 @@ class _Counting:
             merge = prepared(method, [one for name, one in sources.items() if name != base], below)
         except GlueError:
             return None
+        if self.timed and task.state == "ready" and sum(header.nbytes for header in merge.headers.values()) > LEAST:
+            self.work = work_seconds(merge)
         return Footprint(held(merge), min(MANY, len(merge.targets)))
 
     def _looked_at(self, task: Task, members: Sequence[Member]) -> Footprint | None:

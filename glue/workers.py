@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -163,6 +164,7 @@ def quieten() -> None:
     """Keep the libraries' own bars and warnings out of ours; what the user has set stays. Before they are imported."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for a package that it does not need
 
 
 _events: Any = None  # set once in each worker process, by its initializer
@@ -174,6 +176,7 @@ def _begin(threads: int, events: Any, places: Any) -> None:
     places  tells each process which of all it is, so that each can have a GPU of its own
     """
     global _events
+    quieten()
     os.environ[WORKER] = str(places.get())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore", FutureWarning)

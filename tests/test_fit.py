@@ -16,11 +16,13 @@ from glue.cli import app
 from glue.errors import GlueError, Mistakes, RunError
 from glue.family import Choice
 from glue.fit import refuse
-from glue.footprint import IDLE, MAIN, MANY, POOL, WORKER, Footprint, compared, extracted, together
+from glue.footprint import IDLE, MAIN, MANY, POOL, WORKER, Build, Footprint, compared, extracted, together
 from glue.headers import Recorded, tensors
+from glue.kinds import weights
 from glue.merges import merge_file
 from glue.needs import needs
 from glue.orders import Settings
+from glue.pace import Pace, Seconds, pace
 from glue.plan import Plan, make_plan
 from glue.recipe import read_recipe
 from glue.room import free_disk, free_memory, human, size
@@ -122,6 +124,51 @@ def test_few_layers_of_a_large_model_are_cut_at_once():
     assert [len(part) for part in deal({name: header.shape for name, header in layers.items()}, 8)] == [7, 7]
     assert len(deal({"one": (64, 64), "other": (64, 64)}, 8)) == 2
     assert extracted({"w": Header(torch.bfloat16, (8192, 28672))}, 16, 4, 8).calls == 1, "one is all that has room"
+
+
+# --- how long --------------------------------------------------------------------------------------------------------
+
+def test_what_is_done_beside_each_other_takes_as_long_as_the_slowest_and_no_longer_than_all():
+    assert Seconds.of(3.0, 1.0, 2.0) == Seconds(3.0, 6.0) and Seconds.of(0.0, 0.0) is None
+
+
+def test_a_machine_is_measured_once_and_again_where_it_is_another(tmp_path, monkeypatch):
+    monkeypatch.setattr("glue.pace.PROBE", 1 << 20)
+    first = pace(tmp_path)
+    assert min(first.read, first.write, first.flops) > 0 and pace(tmp_path) == first
+    monkeypatch.setattr("glue.pace._flops", lambda: 12345.0)
+    assert pace(tmp_path) == first
+    monkeypatch.setattr("glue.pace._machine", lambda: "another")
+    assert pace(tmp_path).flops == 12345.0
+    (tmp_path / "machine.json").write_text("[]")
+    assert pace(tmp_path).flops == 12345.0
+    assert [file.name for file in tmp_path.iterdir()] == ["machine.json"]
+
+
+def test_large_tasks_are_told_about_how_long_and_small_ones_are_not(place, monkeypatch):
+    monkeypatch.setattr("glue.needs.pace_of", lambda folder: Pace(read=1e4, write=1e3, flops=1e6))
+    plan = planned(place)
+    assert needs(plan, 1, timed=True).tasks["r/merged"].takes is None
+    monkeypatch.setattr("glue.needs.LEAST", 1000)
+    assert needs(plan, 1).tasks["r/merged"].takes is None, "only where it is asked for"
+    need = needs(plan, 1, timed=True).tasks["r/merged"]
+    assert need.takes.least == pytest.approx(need.written / 1e3)
+    assert need.takes.most >= need.takes.least + (need.read + need.written) / 1e4
+
+
+def test_batches_and_operations_are_counted_in_tokens(place, monkeypatch):
+    monkeypatch.setattr("glue.needs.pace_of", lambda folder: Pace(read=1e12, write=1e12, flops=1e6))
+    monkeypatch.setattr("glue.needs.LARGE", 1)
+    monkeypatch.setattr("glue.needs.LEAST", 1)
+    plan = planned(place, "steps:\n  - {as: tuned, step: tune, base: one, data: {words: 1}, steps: 5, "
+                          "learning_rate: 0.1, batch_size: 6}\n")
+    need = needs(plan, 1, timed=True).tasks["r/tuned"]
+    parameters = sum(header.numel for header in weights(plan.zoo["one"]).headers.values())
+    tokens = 4  # the opening, question and answer, and the end of the text
+    build = Build(2, 32, 48, weights(plan.zoo["one"]).headers["model.embed_tokens.weight"].shape[0])
+    assert need.memory == 16 * parameters + build.trains(3, tokens)
+    assert need.takes.least == pytest.approx(6 * parameters * tokens * 5 * 6 / 1e6)
+    assert max(build.trains(3, 4, 2), build.trains(3, 4, again=True)) < build.trains(3, 4)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

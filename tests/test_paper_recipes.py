@@ -146,7 +146,7 @@ def test_the_figures_of_four_chat_models(bare):
     by = {name.removeprefix("which4_chat/"): need for name, need in taken.tasks.items()}
     for name, inputs in (("linear", 4), ("task_arithmetic", 5), ("ties", 5), ("dare_ties", 5)):
         assert (by[name].read, by[name].written) == (inputs * one, one)
-        assert 70e6 < by[name].memory < 100e6  # a merge streams
+        assert 1e6 < by[name].memory < 30e6 and by[name].peak(4) < 0.7e9  # a merge streams
     mlp, layer = 3 * 4096 * 11008, 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
     assert by["ffn-hybrid"].written == one + 2 * 3 * 16 * mlp
     assert by["block-hybrid"].written == one + 2 * 3 * 16 * layer
@@ -198,7 +198,7 @@ def test_the_command_line_tells_the_sizes_in_time(bare):
     assert "   13.48 GB  hf download meta-llama/Llama-2-7b-chat" in done.stdout
     assert "  ~13.48 GB  hf download teknium/OpenHermes-7B" in done.stdout
     assert "19 members are not on this machine, about 202.15 GB of weights in all, and 1 of unknown" in done.stdout
-    assert "a worker holds up to 53.91 GB" in done.stdout and "put it into data/mmlu" in done.stdout
+    assert "a worker holds up to 53.9 GB" in done.stdout and "put it into data/mmlu" in done.stdout
     rows = json.loads(subprocess.run([*glue, "--json"], cwd=bare, capture_output=True, text=True, env={
         **os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(bare), "HF_HUB_OFFLINE": "1"}).stdout)
     merged = next(row for row in rows if row["name"] == "which16/linear")

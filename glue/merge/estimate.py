@@ -47,7 +47,7 @@ def cost(merge: Merge, workers: int, disk: Path) -> Cost:
               for each in [*target.inputs, *([target.base] if target.base else [])]}
     written = sum(header.nbytes for header in merge.headers.values())
     passes = 1 + any("glance" in target.choice.method.traits for target in merge.targets.values())
-    work = _work_seconds(merge)
+    work = work_seconds(merge)
     seconds = None
     if work is not None:
         reading, writing = _probe(merge, disk)
@@ -75,7 +75,7 @@ def held(merge: Merge) -> int:
     return max((one(target) for target in merge.targets.values()), default=0)
 
 
-def _work_seconds(merge: Merge) -> float | None:
+def work_seconds(merge: Merge) -> float | None:
     """What all pieces take on one core, as told by one piece of each kind."""
     kinds: dict[tuple, tuple[Target, int]] = {}
     for target in merge.targets.values():

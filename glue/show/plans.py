@@ -27,15 +27,16 @@ STATES = {"done": "green", "alias": "green", "ready": "yellow", "waiting": "dim"
 
 def print_plan(plan: Plan, as_json: bool, workers: int = 1) -> None:
     """The tasks of a plan: state, inputs with their size, place of the product, and what each will take."""
-    taken = needs(plan, workers)
+    taken = needs(plan, workers, timed=True)
     rows = [_needing(row, taken, workers) for row in plan_rows(plan)]
     if as_json:
         print(json.dumps(rows, indent=1))
         return
     lacking = any(task.lacks for task in plan)
-    device = any(row["bytes_device"] for row in rows)
+    device, timed = any(row["bytes_device"] for row in rows), any(row["seconds"] for row in rows)
     grid = Grid(title=f"{plan.recipe.name}: {plan.recipe.about}", title_justify="left", box=None, pad_edge=False)
-    for heading in ("state", "step", "makes", "reads", "writes", "memory", *(["on device"] * device)):
+    more = [*(["on device"] * device), *(["about"] * timed)]
+    for heading in ("state", "step", "makes", "reads", "writes", "memory", *more):
         grid.add_column(heading, overflow="fold")
     for row in rows:
         colour = STATES[row["state"]]
@@ -44,7 +45,7 @@ def print_plan(plan: Plan, as_json: bool, workers: int = 1) -> None:
         size = human(row["bytes_written"]) + " each" * row["each"] if row["bytes_written"] else ""
         memory = [human(row[key]) if row[key] else "" for key in ("bytes_peak", *(["bytes_device"] * device))]
         grid.add_row(f"[{colour}]{row['state']}[/]", row["step"], escape(row["name"] + why), reads,
-                     ", ".join(filter(None, (row["folder"], size))), *memory)
+                     ", ".join(filter(None, (row["folder"], size))), *memory, *([_span(row["seconds"])] * timed))
     console().print(grid)
     if taken.lacking:
         _print_lacking(taken, plan.recipe.file)
@@ -128,16 +129,27 @@ def _needing(row: dict[str, Any], taken: Needs, workers: int) -> dict[str, Any]:
     """The row of a task with what it takes."""
     need = taken.tasks.get(row["name"])
     if need is None:
-        return {**row, "bytes_memory": 0, "bytes_peak": 0, "bytes_device": 0, "each": False, "exact": True}
+        return {**row, "bytes_memory": 0, "bytes_peak": 0, "bytes_device": 0, "each": False, "exact": True,
+                "seconds": None}
     read, written = row["bytes_read"] or need.read or 0, need.written or row["bytes_written"] or 0
     return {**row, "bytes_read": read, "bytes_written": written, "bytes_memory": need.memory or 0,
             "bytes_peak": need.peak(workers) or 0, "bytes_device": need.on_device(workers), "each": need.each,
+            "seconds": [need.takes.least, need.takes.most] if need.takes else None,
             "exact": need.exact, "lacks": [_lacking(one) for one in taken.lacking if one.member.name in row["lacks"]]}
 
 
 def _lacking(one: Lacking) -> dict[str, Any]:
     return {"name": one.member.name, "how": one.how, "bytes": one.extent.nbytes if one.extent else 0,
             "exact": bool(one.extent and one.extent.exact)}
+
+
+def _span(seconds: list[float] | None) -> str:
+    """How long something takes, as people say it."""
+    if seconds is None:
+        return ""
+    unit, name = (60, "min") if seconds[1] >= 120 else (1, "s")
+    least, most = (max(1, round(value / unit)) for value in seconds)
+    return f"{least} {name}" if least == most else f"{least}-{most} {name}"
 
 
 def _print_lacking(taken: Needs, recipe: Path) -> None:
