@@ -33,7 +33,7 @@ from glue.evaluate.lm_eval import as_lm, document_texts, evaluate
 from glue.evaluate.suite import Item, Suite, Task, task_items, write_tasks
 from glue.family import families
 from glue.identity import identify
-from glue.kinds import Running, load
+from glue.kinds import Place, Running, load
 from glue.kinds.features import DEFINITION, text_features
 from glue.kinds.text import continued, losses
 from glue.member import Member
@@ -190,6 +190,15 @@ def test_one_answer_loads_one_expert(mixed):
         "gpt2", "qwen2"]
     with pytest.raises(IndexError):
         running.experts[3]
+
+
+def test_experts_run_where_and_as_the_mixture_is_told(mixed, tmp_path):
+    running = Place("auto", "bfloat16", 5, tmp_path).load(mixed)
+    for expert in running.experts:
+        assert {each.dtype for each in expert.model.parameters()} == {torch.bfloat16}
+        assert expert.room is running.room and expert.room.size == 5
+    running.experts[1].room.halve()
+    assert Place("auto", "bfloat16", "auto", tmp_path).load(mixed).experts[2].room.halved == 1
 
 
 def test_nobody_takes_one_expert_for_the_whole(mixed):

@@ -102,6 +102,8 @@ class Place:
             shape = sha256(architecture(running.member).encode()).hexdigest()[:12]
             file, key = self.notes / NOTES, f"{running.member.kind} {shape} in {self.dtype} on {named(self.device)}"
         running.room = Room(file, key, self.batch_size)
+        if hasattr(running.experts, "room"):
+            running.experts.room = running.room
         return running
 
 

@@ -18,6 +18,7 @@ from glue.checkpoint import Checkpoint
 from glue.errors import CheckpointError, ZooError, one_line
 from glue.hub import locate
 from glue.kinds import Dtype, Running, load
+from glue.kinds.batches import Room
 from glue.kinds.features import DEFINITION, text_features
 from glue.kinds.frame import config_json
 from glue.kinds.text import losses
@@ -80,7 +81,12 @@ def by_text(member: Member, *, device: str = "cpu", dtype: Dtype = "float32") ->
 
 
 class Experts(Sequence[Running]):
-    """The experts of a mixture by text, each loaded when it is first asked for: one answer needs one of them."""
+    """The experts of a mixture by text, each loaded when it is first asked for: one answer needs one of them.
+
+    room  what all of them share, where the mixture has been told how much is read at once
+    """
+
+    room: Room | None = None
 
     def __init__(self, member: Member, folder: Path, names: Sequence[str], device: str, dtype: Dtype):
         self.members = [Member(f"{member.name}/{name}", "model", str(folder / EXPERTS / name)) for name in names]
@@ -98,6 +104,8 @@ class Experts(Sequence[Running]):
         k = range(len(self))[i]
         if k not in self._loaded:
             self._loaded[k] = load(self.members[k], device=self._device, dtype=self._dtype)
+            if self.room is not None:
+                self._loaded[k].room = self.room
         return self._loaded[k]
 
     def __len__(self) -> int:
