@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from glue.errors import GlueError, Mistakes, RunError
 from glue.footprint import WIDTHS, Footprint, together
@@ -98,7 +97,7 @@ def _instead(task: Task, need: Need, hold: Footprint, workers: int, free: int) -
     workers = max(1, workers)
     for words, other in [("", hold), *_lighter(task, hold)]:
         for number in range(workers, 0, -1):
-            peak = other.peak(number) if need.device == "cpu" else min(number, other.calls) * other.call
+            peak = other.peak(number) if need.device == "cpu" else sum(other.largest(number))
             if peak <= free and (words or number < workers):
                 said = [*([words] if words else []), *([f"--workers {number}"] if number < workers else [])]
                 return f"say {' and '.join(said)}, which takes {human(peak)}, or {ANYWAY}"
@@ -113,9 +112,9 @@ def _lighter(task: Task, hold: Footprint) -> Iterator[tuple[str, Footprint]]:
     assert task.choice is not None
     params = task.choice.params
     if task.choice.method.traits.get("holds") == "runs" and params.get("dtype") in ("float32", "auto"):
-        yield "dtype: bfloat16", replace(hold, call=int(hold.call * WIDTHS["bfloat16"] / WIDTHS["float32"]))
+        yield "dtype: bfloat16", hold.times(WIDTHS["bfloat16"] / WIDTHS["float32"])
     if task.step == "tune":
-        yield "step: lora", replace(hold, call=hold.call // 4)
+        yield "step: lora", hold.times(1 / 4)
 
 
 def _fewer(ready: Sequence[Footprint], workers: int, free: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from glue.checkpoint import Header, Weights
@@ -27,8 +27,9 @@ WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": 0.5}  # b
 class Footprint:
     """What a task holds beside what processes take anyway, in bytes.
 
-    call    one call in a worker
+    call    one call in a worker, the largest
     calls   how many of these there are at once, at most
+    sizes   of all calls, where they are not alike
     beside  the process that waits for them
     exact   whether nothing that may matter is left out
     """
@@ -37,6 +38,15 @@ class Footprint:
     calls: int = 1
     beside: int = 0
     exact: bool = True
+    sizes: tuple[int, ...] = ()
+
+    def largest(self, workers: int) -> list[int]:
+        """What so many workers hold at most, each its own call."""
+        return sorted(self.sizes or [self.call] * min(workers, self.calls), reverse=True)[:workers]
+
+    def times(self, factor: float) -> Footprint:
+        """With calls that hold so many times as much."""
+        return replace(self, call=int(self.call * factor), sizes=tuple(int(size * factor) for size in self.sizes))
 
     def peak(self, workers: int) -> int:
         """Private bytes of all processes together; 0 workers are the process that waits."""
@@ -47,7 +57,7 @@ def together(holds: Sequence[Footprint], workers: int) -> int:
     """Private bytes of all processes where these tasks run beside each other; see Footprint.peak."""
     if not workers:  # one after the other
         return MAIN + max((hold.call + hold.beside for hold in holds), default=0)
-    calls = sorted((hold.call for hold in holds for _ in range(min(workers, hold.calls))), reverse=True)[:workers]
+    calls = sorted((size for hold in holds for size in hold.largest(workers)), reverse=True)[:workers]
     idle = IDLE if len(calls) < workers else 0
     return MAIN + POOL + len(calls) * WORKER + idle + sum(calls) + sum(hold.beside for hold in holds)
 

@@ -69,13 +69,13 @@ class Need:
         """Bytes of host memory that all processes take together where this task runs alone."""
         if self.hold is None:
             return None
-        return self.hold.peak(workers) if self.device == "cpu" else replace(self.hold, call=0).peak(workers)
+        return self.hold.peak(workers) if self.device == "cpu" else self.hold.times(0).peak(workers)
 
     def on_device(self, workers: int) -> int:
         """Bytes of the memory of its device; 0 on the host."""
         if self.hold is None or self.device == "cpu":
             return 0
-        return max(1, min(workers, self.hold.calls)) * self.hold.call
+        return sum(self.hold.largest(max(1, workers)))
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,10 @@ class _Counting:
         if holds == "runs":
             number = max(1, len(members) + len(task.waits_for))
             more, exact = self._passes(task, members, largest) if task.step == "evaluate" else (0, False)
-            return Footprint(int(largest * wide) + more, MANY if task.step == "search" else number, exact=exact)
+            if task.step == "search":  # candidates, which are all alike
+                return Footprint(int(largest * wide), MANY, exact=False)
+            each = tuple(int(one.parameters * wide) + more for one in sizes)
+            return Footprint(max(each), number, exact=exact, sizes=each if number == len(each) else ())
         if holds == "trains":
             factors = self._adapter(task, members) if task.makes == "adapter" else None
             clients = params.get("clients", 1)

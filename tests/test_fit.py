@@ -107,6 +107,8 @@ def test_processes_are_counted_as_many_as_are_busy_and_one_that_waits():
     assert hold.peak(1) == MAIN + POOL + WORKER + 1050
     assert hold.peak(4) == MAIN + POOL + 2 * (WORKER + 1000) + IDLE + 50
     assert Footprint(1000, calls=MANY).peak(4) == MAIN + POOL + 4 * (WORKER + 1000)
+    assert Footprint(9, calls=3, sizes=(9, 2, 5)).peak(2) == MAIN + POOL + 2 * WORKER + 14, "the largest two"
+    assert Footprint(9, calls=3, sizes=(9, 2, 5)).times(0.5).sizes == (4, 1, 2)
     assert together([hold, Footprint(7000)], 2) == MAIN + POOL + 2 * WORKER + 8000 + 50, "the largest two at once"
     assert together([hold, Footprint(7000)], 0) == MAIN + 7000, "one after the other"
 
@@ -337,7 +339,7 @@ def test_the_command_line_tells_memory_and_disk_and_forces(place, monkeypatch, c
     monkeypatch.chdir(place)
     app(["plan", "r.yaml", "--workers", "2"], standalone_mode=False)
     told = capsys.readouterr().out
-    assert "products take" in told and "that are free" in told and "for one task with 2 workers" in told
+    assert "products take" in told and "are free" in told and "of memory with 2 workers" in told
     app(["plan", "r.yaml", "--workers", "2", "--json"], standalone_mode=False)
     row, = json.loads(capsys.readouterr().out)
     assert row["bytes_peak"] == MAIN + POOL + 2 * (WORKER + row["bytes_memory"]) and row["bytes_device"] == 0

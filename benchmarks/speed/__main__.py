@@ -206,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     sizes = what.add_parser("size", help="measure what steps take on a pair of models, beside what their plan says")
     sizes.add_argument("--shape", choices=[*SHAPES], default="7b", help="of the models (7b)")
     sizes.add_argument("--rows", default="", help="which, with commas between; all")
+    sizes.add_argument("--rounds", type=int, default=1, help="of each, of which that with the highest peak counts (1)")
     sizes.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "glue-speed",
                        help="where models are made and kept")
     sizes.add_argument("--json", type=Path, help="write results here, row by row")

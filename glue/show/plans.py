@@ -170,13 +170,13 @@ def _print_totals(plan: Plan, taken: Needs, workers: int) -> None:
     written, all_of_them = taken.written
     if written:
         least = ("" if taken.download[1] else "about ") if all_of_them else "at least "
-        print(f"products take {least}{human(written)} of {human(free_disk(plan.zoo.folder))} that are free; "
+        print(f"products take {least}{human(written)}, {human(free_disk(plan.zoo.folder))} are free; "
               f"a worker holds up to {human(taken.memory)} of models")
     peaks = [peak for need in taken.tasks.values() if (peak := need.peak(workers))]
     free = free_memory()
     if peaks:
-        there = f" of {human(free)} that are free" if free else ""
-        print(f"memory: up to {human(max(peaks))} for one task with {workers} workers{there}")
+        there = f", {human(free)} are free" if free else ""
+        print(f"one task takes up to {human(max(peaks))} of memory with {workers} workers{there}")
 
 
 def _size(member: Member) -> int:
