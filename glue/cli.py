@@ -86,7 +86,7 @@ def run(recipe: RecipeFile, zoo: ZooFile = HERE, seed: Seed = None,
     plans = []
     for one in seeds:
         read, found = read_recipe(recipe, seed=one, wide=_wide(device, dtype, batch_size)), opened(zoo)
-        with _workers(on, workers, threads, gpus, found.folder) as pool, progress(quiet) as watcher:
+        with _workers(on, workers, threads, gpus, found.folder / ".drafts") as pool, progress(quiet) as watcher:
             plans.append(make(read, found, pool, watcher, force=force))
         _tell_lost(pool, quiet)
         if read.board:
@@ -203,7 +203,7 @@ def evaluate(members: Annotated[list[str], typer.Argument(help="Names, or tag:x.
         return
     if not suite:
         raise GlueError("it is not said what to measure", fix="--suite tiny:test, or  --import DIR  of lm-eval")
-    with _workers(on, workers, 1, gpus, found.folder) as pool, progress(quiet) as watcher:
+    with _workers(on, workers, 1, gpus, found.folder / ".drafts") as pool, progress(quiet) as watcher:
         names = [member.name for word in members for member in found.select(word)]  # a recipe's tag:x sees less
         done = step(found, "scores", "evaluate",
                     {"members": names, "suite": suite, **_wide(device, dtype, batch_size)}, pool, watcher, force=force)
@@ -226,7 +226,7 @@ def reproduce(what: Annotated[str, typer.Argument(help="The folder of a product,
     from glue.show.reproduction import print_reproduction, working
 
     found = opened(zoo)
-    with _workers(on, workers, threads, gpus, found.folder) as pool, working(quiet or as_json) as report:
+    with _workers(on, workers, threads, gpus, found.folder / ".drafts") as pool, working(quiet or as_json) as report:
         done = again(what, found, pool, search=search, device=device, report=report)
     _tell_lost(pool, quiet)
     print_reproduction(done, as_json)

@@ -28,10 +28,13 @@ from glue.workers import Workers, cores, quieten
 PAUSE = 0.2     # seconds between two looks at how far a call is
 REPEATS = 3     # of a call whose worker was lost
 ROOM = 120.0    # seconds in which the first of the workers must have found a place
+LOOK, MISSED = 3.0, 10  # seconds between two looks whether a cluster is there, and how many it may miss
 PATIENCE = 5.0  # seconds: to connect to an address, and for what a node writes to be seen here
 CLIENTS = 64    # workers that one Ray Client may wait for: its server has 100 threads
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0",  # nothing is told to anybody
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # actors see what accelerators there are
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors see what accelerators there are
+            "RAY_ENABLE_AUTO_CONNECT": "0",  # who has lost a cluster is not to start another one
+            "RAY_worker_niceness": "0"}  # an actor that is started here counts as much as a process of a pool
 ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # on every system: Ray then uses the loopback address alone
 CLIENT = "ray://"
 ADDRESS = re.compile(r"(?:ray://)?(\[[0-9A-Fa-f:]+\]|[\w.-]+):([0-9]{1,5})")
@@ -59,14 +62,18 @@ class RayWorkers(Workers):
         self._folder = folder or Path(tempfile.gettempdir())
         self._ray, self._began = _ray(self.address), False
         self._crew: _Crew | None = None
+        most = CLIENTS if self.address.startswith(CLIENT) else number
+        if number > most:
+            raise RunError(f"Ray Client cannot wait for {number} workers at a time",
+                           fix=f"--workers {CLIENTS} or fewer, or from a node of the cluster  --on host:port")
         if self.apart:
             self._connect()
-            room = self._asks.room(self._ray.nodes())
-            self.number = number or (min(room, CLIENTS) if self.address.startswith(CLIENT) else room)
-            if self.address.startswith(CLIENT) and self.number > CLIENTS:
+            try:
+                room = self._asks.room(self._ray.nodes())
+            except RunError:
                 self.close()
-                raise RunError(f"Ray Client cannot wait for {number} workers at a time",
-                               fix=f"--workers {CLIENTS} or fewer, or from a node of the cluster  --on host:port")
+                raise
+            self.number = number or min(room, most or room)
 
     def _connect(self) -> None:
         """Join the cluster, or start Ray here. Raises RunError."""
@@ -78,7 +85,8 @@ class RayWorkers(Workers):
         here = self.address or "this machine"
         how: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if self.apart:
-            how |= {"address": self.address, "runtime_env": {"env_vars": {"PYTHONPATH": python_path()}}}
+            path = python_path()
+            how |= {"address": self.address, "runtime_env": {"env_vars": {"PYTHONPATH": path} if path else {}}}
         else:
             how |= {"address": "local", "num_cpus": self.number * self.threads, "include_dashboard": False}
         try:
@@ -111,7 +119,9 @@ class RayWorkers(Workers):
             crew.close(now)
         if self._began:
             self._began = False
-            self._ray.shutdown()
+            ending = threading.Thread(target=self._ray.shutdown, daemon=True)
+            ending.start()
+            ending.join(PATIENCE if crew is not None and crew.cut else None)  # a head that is gone would be waited for
 
 
 class _Asks(NamedTuple):
@@ -159,8 +169,10 @@ class _Crew:
         self.up = 0  # of them, those that have found a place
         self.since = time.monotonic()  # when there was none, or since
         self.problem: RunError | None = None
-        self.ended = False
-        self.lock = threading.Lock()
+        self.ended, self.cut = False, False
+        self.lock, self.over = threading.Lock(), threading.Event()
+        if match := ADDRESS.fullmatch(workers.address):
+            threading.Thread(target=self._look, args=(workers.address, match), daemon=True).start()
         for _ in range(workers.number):
             self._hire()
         self.threads = ThreadPoolExecutor(workers.number)
@@ -208,6 +220,21 @@ class _Crew:
                 self.up += 1
             self.free.put(hand)
 
+    def _look(self, address: str, match: re.Match[str]) -> None:
+        """See that the cluster is there; without its head Ray waits for a minute and then ends the process silently."""
+        missed = 0
+        while not self.over.wait(LOOK):
+            try:
+                socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=PATIENCE).close()
+                missed = 0
+            except OSError:
+                missed += 1
+            if missed == MISSED:
+                self.cut = True
+                self.problem = RunError(f"the cluster at {address} does not answer any more",
+                                        fix="run again when it is there; what was finished is kept")
+                return
+
     def _gone(self, hand: _Hand, *, up: bool = False) -> bool:
         """Give an actor up for good: whatever of it is left ends itself. Whether nobody has done so before."""
         with self.lock:
@@ -217,8 +244,9 @@ class _Crew:
                 self.up -= 1
                 self.since = time.monotonic()
         hand.slip.withdraw()
-        with suppress(Exception):
-            self.ray.kill(hand.actor)
+        if not self.cut:
+            with suppress(Exception):
+                self.ray.kill(hand.actor)
         return first
 
     def _next(self) -> _Hand:
@@ -246,7 +274,7 @@ class _Crew:
                 raise RunError(f"{target} cannot be asked on another node: {one_line(str(error.cause))}",
                                fix="install the same on every node") from None
             except self.ray.exceptions.RayError as error:
-                if self.ended:
+                if self.ended or self.problem is not None:
                     continue
                 ends.append(why(error))
                 self.lost.append(ends[-1])
@@ -268,8 +296,11 @@ class _Crew:
 
     def _asked(self, hand: _Hand, target: str, args: tuple[Any, ...], ticket: int | None) -> tuple[Any, Any]:
         asked = hand.actor.work.remote(target, args, ticket is not None)
-        while not self.ray.wait([asked], timeout=PAUSE if ticket is not None else None)[0]:
-            self._tell(ticket, self.ray.get(hand.actor.news.remote()))
+        while not self.ray.wait([asked], timeout=PAUSE)[0]:
+            if self.cut and self.problem is not None:
+                raise self.problem
+            if ticket is not None:
+                self._tell(ticket, self.ray.get(hand.actor.news.remote(), timeout=LOOK * MISSED))
         result, problem, news = self.ray.get(asked)
         self._tell(ticket, news)
         return result, problem
@@ -282,6 +313,7 @@ class _Crew:
     def close(self, now: bool) -> None:
         """End all actors; `now` while they work."""
         self.ended = now
+        self.over.set()
         self.threads.shutdown(wait=not now, cancel_futures=True)
         self.ended = True
         for hand in list(self.hands):
@@ -350,4 +382,6 @@ def _ray(address: str) -> Any:
     except ImportError:
         raise RunError("--on ray needs the package ray, which is not installed",
                        fix="pip install 'glue[ray]'") from None
+    with suppress(AttributeError):  # its notes on lost workers, which are told here, go to where --json is written
+        ray._private.worker.print_to_stdstream = lambda *_, **__: None
     return ray

@@ -23,7 +23,7 @@ from glue.refine import embed
 from glue.refine.clusters import clustered, representatives
 from glue.refine.shapley import shapley
 from glue.steps import Job, Measured, steps
-from glue.steps._refine import Ground, Opened, lines_of, worth
+from glue.steps._refine import Ground, Opened, lines_of, pooled, worth
 from glue.steps.refine import JOURNAL
 from glue.tune.items import Item, read_items
 from glue.tune.refit import Start, batches
@@ -101,6 +101,18 @@ def test_those_who_take_part_keep_their_places_and_come_once_an_epoch():
 
 
 # places and clusters
+
+def test_a_pool_that_a_lost_worker_has_begun_is_written_by_the_next(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"question": "w3", "answer": "w4"}\n' * 3)
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool" / "train.jsonl").write_text("half")
+    (tmp_path / "pool" / "values.jsonl").write_text("of something else")
+    for _ in range(2):
+        pooled(tmp_path / "pool", tmp_path / "data", True, False)
+        assert [file.name for file in (tmp_path / "pool").iterdir()] == ["train.jsonl"]
+        assert len(lines_of(tmp_path / "pool" / "train.jsonl")) == 1
+
 
 TEXTS = [f"{subject} {verb} twice {number}" for subject in ("dogs", "ships") for verb in ("swim", "sink")
          for number in range(10)]

@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from glue.cli import app
-from glue.errors import MethodError, Mistakes, ZooError
+from glue.errors import MethodError, Mistakes, RunError, ZooError
+from glue.family import families
 from glue.identity import identify
 from glue.kinds import Place, load
 from glue.kinds.endpoint import connect
@@ -22,6 +23,7 @@ from glue.recipe import read_recipe
 from glue.report.traffic import markdown, read
 from glue.run import run
 from glue.show.boards import write_boards
+from glue.steps import Job
 from glue.steps._device import Device, Way, drafting, served
 from glue.workers import Workers
 from glue.zoo import Zoo
@@ -152,6 +154,17 @@ def test_ways_that_make_no_sense_are_refused_while_planning(place, tmp_path, lin
     recipe.write_text(f"{RECIPE}  - {{as: bad, step: traffic, member: adapted, suite: words:test, {line}}}\n")
     with pytest.raises(Mistakes, match="(?s)" + message.replace("[", r"\[")):
         make_plan(read_recipe(recipe), Zoo(place / "zoo.yaml"))
+
+
+def test_workers_on_other_machines_cannot_ask_what_this_one_serves_for_itself(tmp_path):
+    class Elsewhere(Workers):
+        apart = True
+
+    proxy = Member("p", "proxy", str(tmp_path), base=Member("large", "model", str(tmp_path)))
+    with pytest.raises(RunError, match="the large member of 'p' is served by this machine for itself alone") as caught:
+        families("steps")["traffic"].call(Job("t", tmp_path, 0, Elsewhere(1), tmp_path), member=proxy, suite=None,
+                                          ways=[{"draft": 0}])
+    assert "--on here" in caught.value.fix
 
 
 def test_only_a_proxy_has_a_small_model_that_drafts_and_only_traffic_has_a_report(plan):

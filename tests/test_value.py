@@ -279,6 +279,9 @@ def test_in_memory_and_in_a_folder_a_subset_comes_to_the_same(place, base, suite
         for by in ("score", "loss"):
             assert held.results(frozenset(some), by).tolist() == folded.results(frozenset(some), by).tolist()
     assert not list(tmp_path.glob(".fold-*"))
+    (tmp_path / ".fold-lost").mkdir()  # by a worker that was killed while it asked
+    worth(folded, "score", Workers(0), Answers(tmp_path / "j", folded.players))
+    assert not list(tmp_path.glob(".fold-*"))
 
 
 def test_the_number_of_workers_changes_no_bit(fed, suite, tmp_path):

@@ -218,6 +218,30 @@ def test_a_merge_is_shared_by_both_nodes_and_has_the_bits_of_one_process(workers
     assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
+def test_a_merge_config_is_carried_out_by_the_cluster(workers: RayWorkers, cluster, plain_model, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from glue.cli import app
+
+    for k in range(2):
+        plain_model(tmp_path / f"m{k}", k)
+    (tmp_path / "c.yaml").write_text("merge_method: linear\ndtype: bfloat16\nmodels:\n"
+                                     "  - {model: m0, parameters: {weight: 0.3}}\n"
+                                     "  - {model: m1, parameters: {weight: 0.7}}\n")
+    monkeypatch.chdir(tmp_path)
+    asked, before = [], RayWorkers.map
+    monkeypatch.setattr(RayWorkers, "map", lambda self, target, *more, **how: [
+        asked.append((self.address, target)), before(self, target, *more, **how)][1])
+    for out, on in (("far", ["--on", cluster.address, "--workers", "2"]), ("near", [])):
+        ran = CliRunner().invoke(app, ["merge", "c.yaml", out, "--quiet", *on], catch_exceptions=False)
+        assert ran.exit_code == 0
+    name = "model.safetensors"
+    assert (tmp_path / "far" / name).read_bytes() == (tmp_path / "near" / name).read_bytes()
+    assert asked == [(cluster.address, "glue.merge.write:fill")]
+    ran = CliRunner().invoke(app, ["merge", "c.yaml", "out", "--device", "cuda", "--on", cluster.address])
+    assert "with --device cuda one process does the work" in str(ran.exception)
+
+
 # -- lost workers --
 
 def test_a_lost_worker_is_replaced_and_its_call_made_again_but_not_forever(cluster, quick, tmp_path, monkeypatch):
@@ -326,6 +350,8 @@ def test_gpus_are_requested_and_each_worker_sees_its_own(cluster, tmp_path):
 def test_what_no_node_can_give_is_told_at_once(cluster):
     with pytest.raises(RunError, match="no node has room for a worker of 99 CPUs and 0 GPUs"):
         RayWorkers(1, 99, on=cluster.address)
+    with pytest.raises(RunError, match="Ray Client cannot wait for 65 workers"):
+        RayWorkers(65, on=cluster.client)
     with pytest.raises(RunError, match="cannot have 1.5 GPUs"):
         RayWorkers(1, on=cluster.address, gpus=1.5)
     assert _Asks(2, 0.5).room([{"Alive": True, "Resources": {"CPU": 8, "GPU": 1}},
@@ -466,12 +492,12 @@ before = listening()
 with RayWorkers(2, on=sys.argv[1], folder=Path(sys.argv[2])) as workers:
     mark = Path(sys.argv[2]) / "mark"
     assert workers.map("test_workers_ray:die_once", [(mark,), (mark,)]) == ["done by another"] * 2
-    print(">", workers.map("test_workers_ray:square", [(k,) for k in range(5)]), len(workers.lost), workers.apart)
+    print(workers.map("test_workers_ray:square", [(k,) for k in range(5)]), len(workers.lost), workers.apart)
     try:
         workers.call("test_workers_ray:refused", 1)
     except Exception as error:
-        print(">", type(error).__name__, error.fix)
-    print(">", sorted({address for address, _ in listening() - before}))
+        print(type(error).__name__, error.fix)
+    print(sorted({address for address, _ in listening() - before}))
 """
 
 
@@ -481,7 +507,7 @@ def in_a_process(on: str, folder: Path) -> list[str]:
     folder.mkdir()
     ran = subprocess.run([sys.executable, "-c", ALONE, on, str(folder)], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    return [line[2:] for line in ran.stdout.splitlines() if line.startswith("> ")]  # Ray prints too
+    return ran.stdout.splitlines()
 
 
 @pytest.mark.slow
