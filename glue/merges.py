@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from glue.errors import CheckpointError, MethodError, RecipeError, RunError
 from glue.files import publish, write_aside
-from glue.fit import ANYWAY, SMALL
 from glue.member import FOLDER_NOTE
 from glue.merge.estimate import cost, held
 from glue.merge.estimate import memory as taken
 from glue.orders import Dense, Order, Promised, Report, Settings, orders
+from glue.preflight.fit import ANYWAY, SMALL
 from glue.room import free_disk, free_memory, human
 from glue.spare import size_of
 from glue.workers import Workers

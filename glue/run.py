@@ -22,11 +22,11 @@ from pathlib import Path
 from glue.cards import source, told, write_card
 from glue.errors import GlueError, RunError
 from glue.files import append_line, point, publish, write_aside
-from glue.fit import refuse
 from glue.identity import checkpoints, identify, remember
 from glue.kinds.device import ELSEWHERE, device_of
 from glue.member import FOLDER_NOTE, Member, Origin, Table, canonical
 from glue.plan import Plan, Task, make_plan
+from glue.preflight.fit import refuse
 from glue.recipe import Recipe
 from glue.room import free_memory
 from glue.spare import DRAFTS, lives

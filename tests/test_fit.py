@@ -10,20 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from glue import fit, room
+from glue import room
 from glue.checkpoint import Header
 from glue.cli import app
 from glue.errors import GlueError, Mistakes, RunError
 from glue.family import Choice
-from glue.fit import refuse
-from glue.footprint import IDLE, MAIN, MANY, POOL, WORKER, Build, Footprint, compared, extracted, together
-from glue.headers import Recorded, tensors
 from glue.kinds import weights
 from glue.merges import merge_file
-from glue.needs import needs
 from glue.orders import Settings
-from glue.pace import Pace, Seconds, pace
 from glue.plan import Plan, make_plan
+from glue.preflight import fit
+from glue.preflight.fit import refuse
+from glue.preflight.footprint import IDLE, MAIN, MANY, POOL, WORKER, Build, Footprint, compared, extracted, together
+from glue.preflight.headers import Recorded, tensors
+from glue.preflight.needs import needs
+from glue.preflight.pace import Pace, Seconds, pace
 from glue.recipe import read_recipe
 from glue.room import free_disk, free_memory, human, size
 from glue.run import run
@@ -55,7 +56,8 @@ def large(monkeypatch) -> Callable[[Plan, str, Footprint], None]:
     def hold(plan: Plan, name: str, hold: Footprint, device: str = "cpu") -> None:
         taken = needs(plan)
         need = replace(taken.tasks[name], hold=hold, device=device)
-        monkeypatch.setattr("glue.fit.needs", lambda plan, workers: replace(taken, tasks={**taken.tasks, name: need}))
+        monkeypatch.setattr("glue.preflight.fit.needs",
+                            lambda plan, workers: replace(taken, tasks={**taken.tasks, name: need}))
 
     return hold
 
@@ -135,12 +137,12 @@ def test_what_is_done_beside_each_other_takes_as_long_as_the_slowest_and_no_long
 
 
 def test_a_machine_is_measured_once_and_again_where_it_is_another(tmp_path, monkeypatch):
-    monkeypatch.setattr("glue.pace.PROBE", 1 << 20)
+    monkeypatch.setattr("glue.preflight.pace.PROBE", 1 << 20)
     first = pace(tmp_path)
     assert min(first.read, first.write, first.flops) > 0 and pace(tmp_path) == first
-    monkeypatch.setattr("glue.pace._flops", lambda: 12345.0)
+    monkeypatch.setattr("glue.preflight.pace._flops", lambda: 12345.0)
     assert pace(tmp_path) == first
-    monkeypatch.setattr("glue.pace._machine", lambda: "another")
+    monkeypatch.setattr("glue.preflight.pace._machine", lambda: "another")
     assert pace(tmp_path).flops == 12345.0
     (tmp_path / "machine.json").write_text("[]")
     assert pace(tmp_path).flops == 12345.0
@@ -148,10 +150,10 @@ def test_a_machine_is_measured_once_and_again_where_it_is_another(tmp_path, monk
 
 
 def test_large_tasks_are_told_about_how_long_and_small_ones_are_not(place, monkeypatch):
-    monkeypatch.setattr("glue.needs.pace_of", lambda folder: Pace(read=1e4, write=1e3, flops=1e6))
+    monkeypatch.setattr("glue.preflight.needs.pace_of", lambda folder: Pace(read=1e4, write=1e3, flops=1e6))
     plan = planned(place)
     assert needs(plan, 1, timed=True).tasks["r/merged"].takes is None
-    monkeypatch.setattr("glue.needs.LEAST", 1000)
+    monkeypatch.setattr("glue.preflight.needs.LEAST", 1000)
     assert needs(plan, 1).tasks["r/merged"].takes is None, "only where it is asked for"
     need = needs(plan, 1, timed=True).tasks["r/merged"]
     assert need.takes.least == pytest.approx(need.written / 1e3)
@@ -159,9 +161,9 @@ def test_large_tasks_are_told_about_how_long_and_small_ones_are_not(place, monke
 
 
 def test_batches_and_operations_are_counted_in_tokens(place, monkeypatch):
-    monkeypatch.setattr("glue.needs.pace_of", lambda folder: Pace(read=1e12, write=1e12, flops=1e6))
-    monkeypatch.setattr("glue.needs.LARGE", 1)
-    monkeypatch.setattr("glue.needs.LEAST", 1)
+    monkeypatch.setattr("glue.preflight.needs.pace_of", lambda folder: Pace(read=1e12, write=1e12, flops=1e6))
+    monkeypatch.setattr("glue.preflight.needs.LARGE", 1)
+    monkeypatch.setattr("glue.preflight.needs.LEAST", 1)
     plan = planned(place, "steps:\n  - {as: tuned, step: tune, base: one, data: {words: 1}, steps: 5, "
                           "learning_rate: 0.1, batch_size: 6}\n")
     need = needs(plan, 1, timed=True).tasks["r/tuned"]
@@ -245,7 +247,7 @@ def test_tasks_that_would_run_at_once_are_counted_together(place, monkeypatch):
                                                f"method: {{linear: {{weight: [{k}, 1]}}}}}}\n" for k in (1, 2, 3)))
     taken = needs(plan)
     tasks = {name: replace(need, hold=Footprint(10 * GB)) for name, need in taken.tasks.items()}
-    monkeypatch.setattr("glue.fit.needs", lambda plan, workers: replace(taken, tasks=tasks))
+    monkeypatch.setattr("glue.preflight.fit.needs", lambda plan, workers: replace(taken, tasks=tasks))
     with pytest.raises(RunError, match=r"3 tasks that would run at once take about 30\.\d GB(.|\n)*--workers 2"):
         refuse(plan, 4, 25 * GB)
     refuse(plan, 2, 25 * GB)

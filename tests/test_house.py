@@ -21,14 +21,14 @@ NOUNS = ("errors", "room", "files", "family", "document", "hub", "member", "chec
 VERBS = ("skills", "cluster", "merge", "search", "mix", "tune", "federate", "refine", "proxy", "serve", "evaluate")
 WIRING = ("workers", "actor", "workers_ray", "recipe", "steps", "find", "atlas", "align", "near", "plan", "run",
           "board", "orders", "report", "merges", "once", "care", "schema", "recorded", "reproduce",
-          "headers", "footprint", "pace", "spare", "tokens", "needs", "fit", "fetch", "lineage", "cards", "private",
-          "known", "push", "docs", "show", "cli_federate", "cli_serve", "cli_zoo", "cli")
+          "spare", "preflight", "fetch", "lineage", "cards", "private", "known", "push", "docs", "show",
+          "cli_federate", "cli_serve", "cli_zoo", "cli")
 ORDER = {name: k for k, name in enumerate(NOUNS)}
 ORDER |= {"kinds": 20, **dict.fromkeys(VERBS, 30), "workers": 39, "actor": 40, "workers_ray": 41, "recipe": 41,
           "steps": 42, "find": 43, "atlas": 43, "plan": 44, "align": 44, "near": 44, "run": 45, "board": 45,
           "orders": 45, "report": 46, "merges": 46, "once": 46, "care": 46, "schema": 46, "recorded": 45, "cards": 44,
-          "reproduce": 46, "lineage": 45, "headers": 21, "private": 44, "known": 46, "push": 47, "footprint": 40,
-          "pace": 40, "spare": 21, "tokens": 44.5, "needs": 44.6, "fit": 44.7, "fetch": 46, "show": 48, "docs": 49,
+          "reproduce": 46, "lineage": 45, "private": 44, "known": 46, "push": 47, "spare": 21, "preflight": 44.5,
+          "fetch": 46, "show": 48, "docs": 49,
           "cli_zoo": 50, "cli_federate": 51, "cli_serve": 51, "cli": 52}
 
 # Foreign library -> the only places that may import it. What is not named here is free: numpy, torch, scipy, stdlib.

@@ -16,10 +16,10 @@ import torch
 
 from glue.checkpoint import Checkpoint
 from glue.errors import GlueError, ZooError
-from glue.headers import factor_numbers, read_recorded
 from glue.kinds import load, weights
-from glue.needs import needs
 from glue.plan import make_plan
+from glue.preflight.headers import factor_numbers, read_recorded
+from glue.preflight.needs import needs
 from glue.recipe import read_recipe
 from glue.run import run
 from glue.workers import Workers

@@ -15,9 +15,9 @@ from glue.family import families
 from glue.hub import locate
 from glue.member import Member
 from glue.merges import order_row
-from glue.needs import Lacking, Needs, needs
 from glue.orders import Order
 from glue.plan import Plan, Task
+from glue.preflight.needs import Lacking, Needs, needs
 from glue.room import free_disk, free_memory, human
 from glue.show.terminal import console
 

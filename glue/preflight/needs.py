@@ -16,16 +16,16 @@ from typing import Any
 from glue.checkpoint import Header, Weights
 from glue.errors import GlueError, NotHere, ZooError
 from glue.family import families
-from glue.footprint import MANY, WIDTHS, Build, Footprint, compared, extracted, of_layer, sketched
-from glue.headers import TYPES, Recorded, factor_numbers, read_recorded
 from glue.hub import locate
 from glue.kinds.batches import Cutter
 from glue.member import Member
-from glue.pace import LEAST, Seconds
-from glue.pace import pace as pace_of
 from glue.plan import Plan, Task, present
+from glue.preflight.footprint import MANY, WIDTHS, Build, Footprint, compared, extracted, of_layer, sketched
+from glue.preflight.headers import TYPES, Recorded, factor_numbers, read_recorded
+from glue.preflight.pace import LEAST, Seconds
+from glue.preflight.pace import pace as pace_of
+from glue.preflight.tokens import Tokens, asked, trained
 from glue.snapshot import whole
-from glue.tokens import Tokens, asked, trained
 from glue.tune.loop import PIECES
 
 LARGE = 50_000_000  # numbers of a model below which batches are not looked at: so little is never refused

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from glue.checkpoint import Header, Weights
-from glue.headers import Recorded
 from glue.merge.matrices import layer_matrix
+from glue.preflight.headers import Recorded
 
 MAIN = 175_000_000    # bytes of the process that plans and waits: python, torch, what a run imports
 POOL = 295_000_000    # of the process from which workers are forked, transformers included, and of its watchdog

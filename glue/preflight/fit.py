@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from glue.errors import GlueError, Mistakes, RunError
-from glue.footprint import WIDTHS, Footprint, together
-from glue.needs import Need, Needs, needs
 from glue.plan import Plan, Task
+from glue.preflight.footprint import WIDTHS, Footprint, together
+from glue.preflight.needs import Need, Needs, needs
 from glue.room import free_disk, free_on, human
 from glue.spare import DRAFTS, products, size_of, unreferenced
 
