@@ -36,9 +36,13 @@ class Slip:
     word: str
 
     def write(self) -> None:
-        """Put it where the worker will look."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(self.file, self.word)
+        """Put it where the worker will look. Raises RunError."""
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_aside(self.file, self.word)
+        except OSError as problem:
+            raise RunError(f"{self.file.parent} cannot be written to: {problem.strerror or problem}",
+                           fix="workers of a cluster write their results there: make it writable") from None
 
     def answered(self, patience: float) -> bool:
         """Whether the worker's answer is seen from here, at once or a little later."""

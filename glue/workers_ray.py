@@ -28,6 +28,7 @@ from glue.workers import Workers, cores, quieten
 PAUSE = 0.2     # seconds between two looks at how far a call is
 REPEATS = 3     # of a call whose worker was lost
 ROOM = 120.0    # seconds in which the first of the workers must have found a place
+TOGETHER = 20.0  # seconds that the first worker which is ready waits for the others, so that nodes are judged first
 LOOK, MISSED = 3.0, 10  # seconds between two looks whether a cluster is there, and how many it may miss
 PATIENCE = 5.0  # seconds: to connect to an address, and for what a node writes to be seen here
 CLIENTS = 64    # workers that one Ray Client may wait for: its server has 100 threads
@@ -62,6 +63,7 @@ class RayWorkers(Workers):
         self._folder = folder or Path(tempfile.gettempdir())
         self._ray, self._began = _ray(self.address), False
         self._crew: _Crew | None = None
+        self._room = 0
         most = CLIENTS if self.address.startswith(CLIENT) else number
         if number > most:
             raise RunError(f"Ray Client cannot wait for {number} workers at a time",
@@ -69,11 +71,11 @@ class RayWorkers(Workers):
         if self.apart:
             self._connect()
             try:
-                room = self._asks.room(self._ray.nodes())
+                self._room = self._asks.room(self._ray.nodes())
             except RunError:
                 self.close()
                 raise
-            self.number = number or min(room, most or room)
+            self.number = number or min(self._room, most or self._room)
 
     def _connect(self) -> None:
         """Join the cluster, or start Ray here. Raises RunError."""
@@ -104,7 +106,7 @@ class RayWorkers(Workers):
                 quieten()
                 if not self.apart:
                     self._connect()
-                    self._asks.room(self._ray.nodes())
+                    self._room = self._asks.room(self._ray.nodes())
                 self._crew = _Crew(self)
             return self._crew
 
@@ -167,7 +169,8 @@ class _Crew:
         self.free: Queue[_Hand] = Queue()
         self.hands: set[_Hand] = set()  # all that were asked for and are not lost
         self.up = 0  # of them, those that have found a place
-        self.since = time.monotonic()  # when there was none, or since
+        self.since = time.monotonic()  # when the last of them was lost, or none was there yet
+        self.awaited, self.first = min(workers.number, workers._room), 0.0  # how many at the start; when one was up
         self.problem: RunError | None = None
         self.ended, self.cut = False, False
         self.lock, self.over = threading.Lock(), threading.Event()
@@ -218,6 +221,7 @@ class _Crew:
         else:
             with self.lock:
                 self.up += 1
+                self.first = self.first or time.monotonic()
             self.free.put(hand)
 
     def _look(self, address: str, match: re.Match[str]) -> None:
@@ -256,8 +260,12 @@ class _Crew:
                 raise RunError("the run was interrupted", fix="run again; what was finished is kept")
             if self.problem is not None:
                 raise self.problem
-            with suppress(Empty):
-                return self.free.get(timeout=PAUSE)
+            if self.up >= self.awaited or (self.first and time.monotonic() - self.first > TOGETHER):
+                self.awaited = 0  # from now on
+                with suppress(Empty):
+                    return self.free.get(timeout=PAUSE)
+            else:
+                time.sleep(PAUSE / 4)
             if not self.up and time.monotonic() - self.since > ROOM:
                 raise RunError(f"for {ROOM:g} seconds no node had room for a worker of {self.asks.threads} CPUs and "
                                f"{self.asks.gpus:g} GPUs", fix="see what else the cluster runs (ray status), then run "

@@ -28,7 +28,7 @@ from glue.merge.write import fill, write
 from glue.recipe import read_recipe
 from glue.run import Watcher, run
 from glue.workers import Workers
-from glue.workers_ray import RayWorkers, _Asks, check, is_address, python_path
+from glue.workers_ray import ADDRESS, RayWorkers, _Asks, _Crew, check, is_address, python_path
 from glue.zoo import Zoo
 
 HERE, FOLDER = "test_workers_ray", str(Path(__file__).parent)
@@ -386,6 +386,8 @@ def test_a_worker_reads_its_slip_and_answers_it(tmp_path, monkeypatch):
     assert (found.unseen, found.node) == ("", socket.gethostname()) and slip.answered(0)
     (tmp_path / "slips" / "one").write_text("other")
     assert one.meet(slip).unseen == "something else lies there"
+    with pytest.raises(RunError, match="one/two cannot be written to: Not a directory"):
+        Slip(tmp_path / "slips" / "one" / "two" / "three", "word").write()
     slip.withdraw()
     assert not (tmp_path / "slips" / f"one{SEEN}").exists()
 
@@ -433,6 +435,23 @@ def test_an_address_at_which_nothing_or_something_else_listens_is_refused_at_onc
         threading.Thread(target=answer, daemon=True).start()
         with pytest.raises(RunError, match=f"what listens at 127.0.0.1:{port} is not Ray"):
             check(f"127.0.0.1:{port}")
+
+
+def test_a_cluster_that_does_not_answer_any_more_is_told(monkeypatch):
+    """Ray itself would end the process after a minute, without a word."""
+    monkeypatch.setattr(workers_ray, "LOOK", 0.01)
+    crew = SimpleNamespace(over=threading.Event(), cut=False, problem=None)
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        head.listen()
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        looking = threading.Thread(target=_Crew._look, args=(crew, address, ADDRESS.fullmatch(address)))
+        looking.start()
+        for _ in range(30):
+            head.accept()[0].close()
+        assert not crew.cut
+    looking.join(20)
+    assert crew.cut and crew.problem.what == f"the cluster at {address} does not answer any more"
 
 
 def test_the_two_kinds_of_address_are_not_mistaken_for_each_other(cluster):
