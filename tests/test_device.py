@@ -38,7 +38,6 @@ from tests.test_kinds import adapter_over
 from tests.test_mixture_model import a_mixture as of_models
 from tests.test_mixture_model import some_prompts
 
-OWN = ("pretrain", "tune", "lora", "distill")  # say where they train in their own way
 GB = 10 ** 9
 
 
@@ -92,7 +91,7 @@ SCORED = "  - {as: s, step: evaluate, members: [m, n], suite: 'own:test'}\n"
 
 def test_every_step_that_runs_members_is_told_where():
     for method in steps:
-        if method.traits.get("holds") in ("runs", "trains") and method.name not in OWN:
+        if method.traits.get("holds") in ("runs", "trains"):
             words = wide(method)
             assert words["device"] == "device" and "device" in method.traits["unkeyed"], method.name
             assert words.get("dtype", "none") in ("none", *method.traits.get("later", ())), method.name
