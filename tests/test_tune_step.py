@@ -130,7 +130,7 @@ def test_what_was_killed_outlives_runs_of_other_recipes_for_a_week(place, monkey
         ran(folder)
     monkeypatch.undo()
     monkeypatch.setattr("glue.run.os.getpid", lambda: 2 ** 22 - 3)  # the next run is another process
-    monkeypatch.setattr("glue.run._lives", lambda process: False)
+    monkeypatch.setattr("glue.run.lives", lambda draft: False)
     mine = (folder / "r.yaml").read_text()
     place("schedule: linear")
     ran(folder)
@@ -161,7 +161,7 @@ def test_a_product_says_where_the_state_of_an_earlier_run_could_not_be_used(plac
     draft, = (folder / "zoo/.drafts").glob("*/state")
     (draft / "state.json").write_text("damaged")
     monkeypatch.setattr("glue.run.os.getpid", lambda: 2 ** 22 - 3)  # the next run is another process
-    monkeypatch.setattr("glue.run._lives", lambda process: False)
+    monkeypatch.setattr("glue.run.lives", lambda draft: False)
     plan = ran(folder)
     assert plan["m0"].note.endswith("from its beginning: the state that an earlier run had left was not used, since "
                                     "state.json is damaged")
