@@ -152,7 +152,7 @@ def page(results: Mapping[str, Any]) -> str:
     days, commits = (sorted({row[key][:10] for row in rows}) for key in ("date", "commit"))
     busy = sum(row["others"] for row in rows) / len(rows)
     more = {"extract": f" extract: rank {RANK} of {len(TARGETS)} layers, small and large ones.",
-            "tune": f" evaluate, lora, tune: 64 texts of {LENGTH} tokens, 64 or 16 at once; the highest peak of all."}
+            "tune": f" evaluate, lora, tune: 64 texts of {LENGTH} tokens, 64 or 16 at once."}
     return "\n".join([*lines, "", (
         f"Two models of shape {results['shape']}, {results['bytes'] / 1e9:.2f} GB each in bf16, random numbers; "
         f"{made['cpu']}, {made['cores']} cores, {made['ram'] / 2**30:.0f} GiB, {made['files']}, Linux "
