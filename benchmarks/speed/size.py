@@ -89,7 +89,8 @@ def row(name: str, place: Path, places: Mapping[str, Path]) -> dict[str, Any]:
     told = {} if name == PLAN or name in WORDS else _planned(name, place)
     for folder in [place / "runs", *(each for each in digests.parent.glob("*") if each.is_dir())]:
         shutil.rmtree(folder, ignore_errors=True)
-    (place / "zoo" / "members.yaml").unlink(missing_ok=True)
+    for file in ("members.yaml", "scores.jsonl"):
+        (place / "zoo" / file).unlink(missing_ok=True)
     _let_go(places)
     words = [*(WORDS.get(name) or (PLAN if name == PLAN else "run", str(place / f"{name}.yaml"))), "--zoo", str(zoo)]
     try:
@@ -137,27 +138,27 @@ def _let_go(places: Mapping[str, Path]) -> None:
 
 def page(results: Mapping[str, Any]) -> str:
     """Markdown of what was measured."""
-    lines = ["| | private memory, GB | planned | off | from the disk, GB | written, GB | planned | off | s |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| | private memory, GB | planned | off | from the disk, GB | written, GB | planned | off | s | planned |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
     for name in NAMES:
         if found := results["rows"].get(name):
             told = found["told"]
             lines.append("| " + " | ".join([
                 f"**{name}**", f"{found['private'] / 1e9:.2f}", *_beside(found["private"], told.get("bytes_peak"), 0),
                 f"{found['read'] / 1e9:.1f}", f"{found['products'] / 1e9:.3f}" if found["products"] else "-",
-                *_beside(found["products"], told.get("bytes_written"), 2), f"{found['wall']:.0f}"]) + " |")
+                *_beside(found["products"], told.get("bytes_written"), 2), f"{found['wall']:.0f}",
+                "-".join(f"{value:.0f}" for value in told.get("seconds") or ()) or "-"]) + " |")
     made, rows = results["machine"], results["rows"].values()
     days, commits = (sorted({row[key][:10] for row in rows}) for key in ("date", "commit"))
     busy = sum(row["others"] for row in rows) / len(rows)
+    more = {"extract": f" extract: rank {RANK} of {len(TARGETS)} layers, small and large ones.",
+            "tune": f" evaluate, lora, tune: 64 texts of {LENGTH} tokens, 64 or 16 at once."}
     return "\n".join([*lines, "", (
         f"Two models of shape {results['shape']}, {results['bytes'] / 1e9:.2f} GB each in bf16, random numbers; "
         f"{made['cpu']}, {made['cores']} cores, {made['ram'] / 2**30:.0f} GiB, {made['files']}, Linux "
         f"{made['kernel']}; Python {made['python']}, torch {made['versions']['torch']}; {', '.join(days)}, commit "
         f"{', '.join(commits)}. Four workers, the models out of the page cache before each run; other work kept "
-        f"{busy:.1f} cores busy." + f" extract: rank {RANK} of {len(TARGETS)} layers, small and large ones."
-        * ("extract" in results["rows"]) + f" evaluate, lora, tune: 64 texts of {LENGTH} tokens, 64 or 16 at once; the "
-        "highest peak of several runs."
-        * ("tune" in results["rows"]))])
+        f"{busy:.1f} cores busy." + "".join(text for name, text in more.items() if name in results["rows"]))])
 
 
 def _beside(real: int, said: int | None, digits: int) -> tuple[str, str]:

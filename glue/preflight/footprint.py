@@ -134,8 +134,8 @@ class Build:
         return int(rows * length * (wide * kept + 4 * 4 * self.words))
 
     def asks(self, rows: int, length: int) -> int:
-        """Bytes of a pass forward alone, in fp32: one layer, and the logits, their logarithms, and a copy of these."""
-        return 4 * rows * length * (2 * self.hidden + 5 * self.inner + 3 * self.words)
+        """Bytes of a pass forward alone, in fp32: one layer, and the logits with their logarithms."""
+        return 4 * rows * length * (2 * self.hidden + 5 * self.inner + 2 * self.words)
 
 
 def of_layer(name: str, shape: tuple[int, ...]) -> bool:

@@ -221,7 +221,9 @@ class _Counting:
         if (read or 0) + written < LEAST and operations < 1000 * LEAST or (pace := pace_of(self.timed)) is None:
             return None
         work = operations / pace.flops + (self.work or 0) / max(1, self.workers)
-        return Seconds.of(((read or 0) + written) / pace.read, written / pace.write, work)
+        found = Seconds.of(((read or 0) + written) / pace.read, written / pace.write, work)
+        # layers reach half the speed of a plain product, or more
+        return replace(found, most=found.most + operations / pace.flops) if found else None
 
     def _makes(self, task: Task, members: Sequence[Member], sizes: list[Extent], writes: Any) -> Extent | None:
         if task.choice is None or not sizes or not writes:

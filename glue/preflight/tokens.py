@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glue.errors import GlueError
+from glue.kinds.frame import tokenizer_of
 from glue.member import Member
 from glue.plan import Task
 from glue.steps import Measured
@@ -19,7 +20,7 @@ SAMPLE = 64  # texts that are cut into tokens: the longest, and as many of all
 class Tokens:
     """Of some texts.
 
-    texts    how many            mean  tokens of one, about
+    texts    that are read       mean  tokens of one, about
     longest  tokens of the longest, about
     """
 
@@ -46,7 +47,13 @@ def asked(task: Task, model: Member) -> Tokens | None:
         items = [item for some in suite.items().values() for item in some]
     except (GlueError, OSError):
         return None
-    return _counted((f"{item.question} {ending}" for item in items for ending in item.choices or (item.answer,)), model)
+    texts = [[f"{item.question} {ending}" for ending in item.choices or (item.answer,)] for item in items]
+    found = _counted((text for some in texts for text in some), model)
+    if found is None:
+        return None
+    # what differs in its last token only is read once
+    ids = [tuple(one[:-1]) for some in texts[:SAMPLE] for one in tokenizer_of(model)(some)["input_ids"]]
+    return replace(found, texts=max(1, round(found.texts * len(set(ids)) / len(ids))))
 
 
 def _lines(file: Path) -> Iterable[str]:
@@ -61,8 +68,6 @@ def _lines(file: Path) -> Iterable[str]:
 
 def _counted(texts: Iterable[str], model: Member) -> Tokens | None:
     """Lengths by a sample: those with the most characters, and some of all."""
-    from glue.kinds.frame import tokenizer_of
-
     known = sorted(texts, key=len)
     if not known:
         return None
