@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -236,7 +237,7 @@ def refolded(of: Member, out: Path, **params: Any) -> Member:
 def test_who_comes_late_is_put_in_later_and_who_leaves_is_gone_to_the_bit(place, base, tmp_path, monkeypatch, settings):
     whole = federated(place, base, tmp_path / "whole", register_clients=True, **settings)
     clock = iter(range(0, 10**6, 10))
-    monkeypatch.setattr("glue.steps._server.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("glue.steps._server.time", SimpleNamespace(monotonic=lambda: next(clock)))  # not of training
     early = federated(place, base, tmp_path / "early", register_clients=True, quorum=0.5, deadline=15, patience=1000,
                       **settings)
     assert told(early)[0]["clients"] == ["c0", "c1"] and sorted(p.name for p in (early.folder / "late").iterdir()) == [

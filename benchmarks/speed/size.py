@@ -36,7 +36,7 @@ LINES: Mapping[str, str] = {
     "sketch": "step: cluster, members: [base, tuned], threshold: 0.9, sketch: true",
     "linear": "step: merge, members: [base, tuned], method: linear",
     "ties": "step: merge, members: [tuned], base: base, method: {ties: {density: 0.2}}",
-    "extract": f"step: extract, model: tuned, base: base, rank: {RANK}, targets: [{', '.join(TARGETS)}]"}
+    "extract": f"step: extract, model: tuned, base: base, rank: {RANK}, targets: [TARGETS]"}
 MORE: Mapping[str, str] = {  # what holds whole models in fp32, which one of 7 billion numbers has no room for here
     "evaluate": "step: evaluate, members: [base], suite: own.yaml:test",
     "lora": "step: lora, base: base, data: {texts: 1}, steps: 3, learning_rate: 1.0e-4, batch_size: 16, rank: 16, "
@@ -63,7 +63,7 @@ def main(given: argparse.Namespace) -> int:
                                    "machine": machine(folder)})
     for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        runs = [row(name, folder / "size", places) for _ in range(given.rounds)]
+        runs = [row(name, folder / "size", places, shape.layers) for _ in range(given.rounds)]
         # a peak of a moment is easily missed: of several runs the one that was seen to take the most
         results["rows"][name] = {**max(runs, key=lambda run: run["private"]), "seen": [run["private"] for run in runs]}
         if given.json:
@@ -72,17 +72,18 @@ def main(given: argparse.Namespace) -> int:
     return int(any(run["private"] > MOST for name, run in results["rows"].items() if name not in MORE))
 
 
-def row(name: str, place: Path, places: Mapping[str, Path]) -> dict[str, Any]:
+def row(name: str, place: Path, places: Mapping[str, Path], layers: int) -> dict[str, Any]:
     """One run in a zoo of its own; the digests of the models are known from the last plan, unless this is one."""
+    lines = {known: line.replace("TARGETS", ", ".join(TARGETS[:2 * layers])) for known, line in LINES.items()}
     os.makedirs(place, exist_ok=True)
     zoo = place / "zoo.yaml"
     zoo.write_text(f"members:\n  base: {{path: {places['base']}}}\n  tuned: {{path: {places['m0']}, base: base}}\n"
                    "  texts: {path: texts, kind: dataset}\n")
     _texts(place)
-    for known, line in {**LINES, **MORE}.items():
+    for known, line in {**lines, **MORE}.items():
         (place / f"{known}.yaml").write_text(f"steps:\n  - {{as: {known}, {line}}}\n")
     (place / f"{PLAN}.yaml").write_text(
-        "steps:\n" + "".join(f"  - {{as: {known}, {line}}}\n" for known, line in LINES.items()))
+        "steps:\n" + "".join(f"  - {{as: {known}, {line}}}\n" for known, line in lines.items()))
     digests = place / "zoo" / "digests.json"
     if name == PLAN:
         shutil.rmtree(place / "zoo", ignore_errors=True)
