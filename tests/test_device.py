@@ -186,6 +186,9 @@ def test_quantised_weights_that_no_gpus_hold_are_refused_and_others_wait_in_memo
     model = SimpleNamespace(parameters=lambda: [SimpleNamespace(nbytes=9 * GB)], buffers=list)
     with pytest.raises(MethodError, match="do not fit"):
         settled(model, "cuda")
+    model = SimpleNamespace(parameters=lambda: [SimpleNamespace(nbytes=GB)], buffers=list)
+    with pytest.raises(MethodError, match="do not fit into the 3.4 GB"):
+        settled(model, "cuda", times=4)
 
 
 def test_a_footprint_is_what_the_loaded_weights_take(tiny):

@@ -18,7 +18,7 @@ from glue.errors import GlueError
 from glue.tune.bpe import train_tokenizer
 from glue.tune.finetune import finetune
 from glue.tune.items import Item, draw_batches, read_items
-from glue.tune.loop import pad, share_of_rate, train
+from glue.tune.loop import Course, pad, share_of_rate, train
 from glue.tune.pretrain import pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -225,6 +225,27 @@ def test_an_item_beyond_the_limit_is_named_with_its_line(tmp_path, base):
     long = written(tmp_path / "long", [("a =", "b"), ("a a a a a a a a =", "b b b b b b b b")])
     with pytest.raises(GlueError, match=r"long/train.jsonl:2 is 19 tokens long with its end token; the model takes 16"):
         finetune(tmp_path / "out", base=base, data=[(long, 1.0)], steps=1, learning_rate=1e-3, report=print)
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_that_is_spread_learns_what_it_learns_in_one_place(tmp_path, base, dataset, lora, checkpointing,
+                                                                   monkeypatch):
+    """With the hooks by which accelerate brings what layers read to where they are."""
+    from accelerate import dispatch_model
+
+    def spread(model, word, times):
+        assert (word, times) == ("cuda", 1 if lora else 4)
+        parts = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
+        return dispatch_model(model, dict.fromkeys(parts, "cpu"), force_hooks=True)
+
+    given = {"base": base, "data": [(dataset, 1.0)], "steps": 5, "learning_rate": 1e-2, "batch_size": 4, "lora": lora,
+             "report": lambda step, steps, loss: None, "course": Course(checkpointing=checkpointing)}
+    finetune(tmp_path / "one", **given)
+    monkeypatch.setattr("glue.tune.finetune.settled", spread)
+    finetune(tmp_path / "spread", **given, device="cuda")
+    one, other = (Checkpoint(next((tmp_path / name).glob("*.safetensors"))) for name in ("one", "spread"))
+    assert list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_an_unknown_layer_of_an_adapter_is_named(tmp_path, base, dataset):

@@ -96,22 +96,23 @@ def loading(word: str, dtype: Dtype, headers: Mapping[str, Header]) -> dict[str,
     return {**how, "device_map": {"": "cpu"}} if dtype in QUANTISED and "device_map" not in how else how
 
 
-def settled(model: Any, word: str) -> Any:
+def settled(model: Any, word: str, times: int = 1) -> Any:
     """A model that is in the processor's memory, put where the word says; spread over GPUs where one is too small.
 
-    Raises MethodError where all GPUs together are.
+    times  how often there must be room for it: 4 for one whose gradient and two moments come to lie beside it
+    Raises MethodError where all GPUs together are too small.
     """
-    how = _placing(word, sum(part.nbytes for part in chain(model.parameters(), model.buffers())), stays=True)
+    how = _placing(word, times * sum(part.nbytes for part in chain(model.parameters(), model.buffers())), stays=True)
     if not how:
         return model
     if "max_memory" not in how:
         return model.to(how["device_map"][""])
     from accelerate import dispatch_model, infer_auto_device_map
 
-    room = {place: free for place, free in how["max_memory"].items() if place != "cpu"}
+    room = {place: free // times for place, free in how["max_memory"].items() if place != "cpu"}
     found = infer_auto_device_map(model, room, no_split_module_classes=list(model._no_split_modules or ()))
     if "disk" in found.values():
-        raise _too_large(sum(room.values()))
+        raise _too_large(times * sum(room.values()))
     return dispatch_model(model, found, skip_keys=getattr(model, "_skip_keys_device_placement", None))
 
 

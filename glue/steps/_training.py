@@ -48,8 +48,6 @@ def trained(folder: Path, about: Mapping[str, Any], options: Mapping[str, Any], 
     options  of the step; those that are of the course or of reading are gathered
     teach    trains and writes into `folder`: it is given the other options, and course, reading, report and kept
     """
-    from glue.kinds.device import device_of
-
     keyed = {name: value for name, value in options.items() if name not in UNKEYED}
     key = sha256(canonical({"about": about, "options": keyed}).encode()).hexdigest()
     kept = Kept(folder / STATE, key, options["save_every"])
@@ -57,7 +55,7 @@ def trained(folder: Path, about: Mapping[str, Any], options: Mapping[str, Any], 
     course = Course(**{name: options[name] for name in COURSE}, checkpointing=options["checkpointing"])
     reading = Reading(**{name: options[name] for name in READING if name in options})
     try:
-        curve = teach(**plain, device=device_of(options["device"]), course=course, kept=kept, report=told(report),
+        curve = teach(**plain, device=options["device"], course=course, kept=kept, report=told(report),
                       reading=reading)
     except torch.OutOfMemoryError as problem:
         raise GlueError(f"{options['device']} has too little memory: {one_line(str(problem), 120)}",

@@ -13,6 +13,7 @@ import torch
 
 from glue.checkpoint import Checkpoint
 from glue.errors import GlueError, did_you_mean
+from glue.kinds.device import settled
 from glue.tune.curve import Curve
 from glue.tune.kept import Kept
 from glue.tune.loop import Course, Report, TrainsIn, train
@@ -41,6 +42,7 @@ def finetune(out: Path, *, base: Path, data: Sequence[tuple[Path, float]], steps
     below  a PEFT folder that is added to the base first, and is no part of the result
     dtype  bfloat16: layers calculate in it, an adapter's base is held in it, and a model is written in it; what trains
            is held in fp32 all the same
+    device  a word of glue/kinds/device.py: a model that is too large for one GPU is spread over all
     kept   where the state is kept meanwhile
 
     Raises GlueError for an empty dataset, an item that is too long, an unknown layer, a loss that is no number.
@@ -55,7 +57,7 @@ def finetune(out: Path, *, base: Path, data: Sequence[tuple[Path, float]], steps
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, below).merge_and_unload()  # type: ignore[assignment, operator]
-    model.to(device)  # type: ignore[arg-type]
+    model = settled(model, device, times=4 if lora is None else 1)
     found = read(data, tokenizer, model.config.max_position_embeddings, steps=steps, batch_size=batch_size, seed=seed,
                  reading=reading, kept=kept)
     trained: Any = model if lora is None else with_adapter(model, lora, seed)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from glue.errors import GlueError, did_you_mean
+from glue.kinds.device import device_of
 from glue.tune.bpe import train_tokenizer
 from glue.tune.curve import Curve
 from glue.tune.items import read_pairs
@@ -52,7 +53,7 @@ def pretrain(out: Path, *, data: Sequence[tuple[Path, float]], vocabulary: Seque
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    model.to(device)  # type: ignore[arg-type]
+    model.to(device_of(device))  # type: ignore[arg-type]
     half = dtype == "bfloat16"
     curve = train(model, found.batches, steps=found.steps, learning_rate=learning_rate, weight_decay=weight_decay,
                   prompt_weight=prompt_weight, report=report, course=replace(course, bfloat16=half), seed=seed,
