@@ -9,11 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from flwr.app import Array, ArrayRecord
@@ -205,6 +207,28 @@ def test_a_client_with_another_base_than_the_servers_does_not_train(place):
     nodes = Nodes(grid, {0: "c0"}, lambda *_: json.dumps({**told, "threads": 1}), Spool(place / "spool"), pause=0.0)
     reply = next(reply for reply in nodes.ask(1, ["c0"], State()) if reply)
     assert "the base here is" in reply.error and "ffffffff is asked for" in reply.error
+
+
+def test_a_simulation_that_breaks_down_is_told_and_nothing_waits_for_it(place, tmp_path, monkeypatch):
+    """As where Ray cannot be started, or is ended by somebody else."""
+    from flwr import simulation
+
+    waiting: list[threading.Thread] = []
+
+    def broken(server_app, client_app, num_supernodes, backend_config):
+        assert backend_config["init_args"]["address"] == "local", "whatever else of Ray there is"
+        grid = SimpleNamespace(get_node_ids=list, pull_messages=lambda identities: [])
+        waiting.append(threading.Thread(target=lambda: pytest.raises(RunError, server_app, grid, None), daemon=True))
+        waiting[0].start()
+        raise RuntimeError("Simulation Runtime crashed.") from ConnectionError("no room\nfor Ray")
+
+    monkeypatch.setattr(simulation, "run_simulation", broken)
+    shutil.copytree(place, tmp_path / "here", symlinks=True)
+    (tmp_path / "here/r.yaml").write_text(DATA + FEDERATE.replace("RUNTIME", "ray"))
+    with Workers(0) as workers, pytest.raises(RunError, match="simulation broke down: no room"):
+        run(read_recipe(tmp_path / "here/r.yaml"), Zoo(tmp_path / "here/zoo.yaml"), workers)
+    waiting[0].join(30)
+    assert not waiting[0].is_alive()
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from flwr.serverapp import Grid, ServerApp
 import glue
 from glue.errors import GlueError, RunError, one_line
 from glue.federate.flower import Nodes, client_app
-from glue.federate.rounds import State
+from glue.federate.rounds import Reply, State
 from glue.federate.spool import Spool
 from glue.files import write_aside
 from glue.identity import identify
@@ -129,24 +130,43 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def simulated(federation: Federation, report: Report) -> State:
-    """In Flower's simulation: its nodes are actors of Ray, of as many threads as this run's workers have."""
+    """In Flower's simulation: its nodes are actors of Ray, of as many threads as this run's workers have.
+
+    That Ray is one of its own, whatever else of Ray there is on this machine. Raises RunError where it breaks down.
+    """
     with environment(OFFLINE):
         from flwr.simulation import run_simulation
 
         logging.getLogger("flwr").setLevel(logging.ERROR)
         found: list[State] = []
-        app = ServerApp()
+        app, over = ServerApp(), threading.Event()
         threads = federation.server.workers.threads
 
         @app.main()
         def local(grid: Grid, context: Context) -> None:
-            found.append(federation.run(nodes(grid, federation.asking, federation.spool, threads).ask, report))
+            at = nodes(grid, federation.asking, federation.spool, threads)
+            found.append(federation.run(lambda *asked: _until(over, at.ask(*asked)), report))
 
-        run_simulation(server_app=app, client_app=client, num_supernodes=len(federation.asking.clients),
-                       backend_config={"client_resources": {"num_cpus": threads, "num_gpus": 0.0}, "init_args": {
-                           "num_cpus": max(1, federation.server.workers.number) * threads,
-                           "include_dashboard": False}})
+        try:
+            run_simulation(server_app=app, client_app=client, num_supernodes=len(federation.asking.clients),
+                           backend_config={"client_resources": {"num_cpus": threads, "num_gpus": 0.0}, "init_args": {
+                               "address": "local", "num_cpus": max(1, federation.server.workers.number) * threads,
+                               "include_dashboard": False}})
+        except RuntimeError as problem:
+            told = problem.__cause__ or problem
+            raise RunError(f"Flower's simulation broke down: {one_line(str(told) or type(told).__name__)}",
+                           fix="run again, which asks only those who are missing; or say  runtime: here") from problem
+        finally:
+            over.set()  # the thread of the server would wait for replies for ever
     return found[0]
+
+
+def _until(over: threading.Event, replies: Iterator[Reply | None]) -> Iterator[Reply | None]:
+    """Replies for as long as there is anybody who could give one."""
+    for reply in replies:
+        if over.is_set():
+            raise RunError("the simulation has ended")
+        yield reply
 
 
 def at_superlink(federation: Federation, report: Report) -> State:
