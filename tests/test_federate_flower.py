@@ -220,7 +220,10 @@ def test_a_simulation_that_breaks_down_is_told_and_nothing_waits_for_it(place, t
         grid = SimpleNamespace(get_node_ids=list, pull_messages=lambda identities: [])
         waiting.append(threading.Thread(target=lambda: pytest.raises(RunError, server_app, grid, None), daemon=True))
         waiting[0].start()
-        raise RuntimeError("Simulation Runtime crashed.") from ConnectionError("no room\nfor Ray")
+        try:
+            raise RuntimeError("Simulation Runtime crashed.") from ConnectionError("no room\nfor Ray")
+        except RuntimeError as problem:
+            raise RuntimeError("An error was encountered. Ending simulation.") from problem
 
     monkeypatch.setattr(simulation, "run_simulation", broken)
     shutil.copytree(place, tmp_path / "here", symlinks=True)

@@ -153,7 +153,9 @@ def simulated(federation: Federation, report: Report) -> State:
                                "address": "local", "num_cpus": max(1, federation.server.workers.number) * threads,
                                "include_dashboard": False}})
         except RuntimeError as problem:
-            told = problem.__cause__ or problem
+            told: BaseException = problem
+            while told.__cause__ is not None:
+                told = told.__cause__
             raise RunError(f"Flower's simulation broke down: {one_line(str(told) or type(told).__name__)}",
                            fix="run again, which asks only those who are missing; or say  runtime: here") from problem
         finally:
