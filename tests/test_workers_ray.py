@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,14 +83,19 @@ def filled(merge, layout, names) -> tuple[dict[str, str], int]:
 
 # -- two nodes --
 
-def listening() -> set[tuple[str, str]]:
-    """(address, port) of every socket of the machine that waits for connections, as the kernel writes them."""
+def listening(word: str) -> set[str]:
+    """Addresses at which this process waits for connections, and those whose command or environment holds a word."""
+    sockets = set()
+    for process in (*running(word), os.getpid()):
+        for handle in Path(f"/proc/{process}/fd").glob("*"):
+            with suppress(OSError):  # it may have ended, or closed it
+                sockets.add(os.readlink(handle))
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            _, local, _, state, *_ = line.split()
-            if state == "0A":
-                found.add(tuple(local.split(":")))
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in sockets:
+                found.add(local.split(":")[0])
     return found
 
 
@@ -119,7 +125,7 @@ def cluster():
         from ray.cluster_utils import Cluster
 
         patch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)  # it may have been imported before
-        before, place = listening(), Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # paths of sockets are short
+        place = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # paths of sockets are short
         made = Cluster()
         how = {"node_ip_address": "127.0.0.1", "object_store_memory": 80_000_000, "include_dashboard": False}
         with socket.socket() as free:
@@ -139,7 +145,8 @@ def cluster():
             add(num_cpus=4, temp_dir=str(place), ray_client_server_port=port)
             yield SimpleNamespace(address=made.address, client=f"ray://127.0.0.1:{port}", add=add, second=add(),
                                   remove=lambda one: made.remove_node(one.node, allow_graceful=False))
-            assert {address for address, _ in listening() - before} <= LOOPBACK
+            found = listening(str(place))
+            assert found and found <= LOOPBACK
         finally:
             import ray
 
@@ -503,11 +510,12 @@ def test_the_command_line_refuses_what_is_no_place_for_workers(place, monkeypatc
 # -- in processes of their own: Ray Client, and Ray that is started here --
 
 ALONE = """
+import os
 import sys
 from pathlib import Path
+os.environ["STARTED_BY"] = sys.argv[2]  # by which its processes are known
 from glue.workers_ray import RayWorkers
 from test_workers_ray import listening
-before = listening()
 with RayWorkers(2, on=sys.argv[1], folder=Path(sys.argv[2])) as workers:
     mark = Path(sys.argv[2]) / "mark"
     assert workers.map("test_workers_ray:die_once", [(mark,), (mark,)]) == ["done by another"] * 2
@@ -516,7 +524,7 @@ with RayWorkers(2, on=sys.argv[1], folder=Path(sys.argv[2])) as workers:
         workers.call("test_workers_ray:refused", 1)
     except Exception as error:
         print(type(error).__name__, error.fix)
-    print(sorted({address for address, _ in listening() - before}))
+    print(sorted(listening(sys.argv[2])))
 """
 
 
